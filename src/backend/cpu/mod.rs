@@ -1,0 +1,192 @@
+//! The CPU kernels, one file an op, and what they share: typed views of tensors, in-place access, splitting over cores.
+//!
+//! Kernels take slices and sizes; the checks of shapes, dtypes and devices are the ops' (`backend::custom_ops`).
+//! Loops over the last dimension are plain iterator code that runs inside [`simd`], where the compiler may use the widest
+//! vectors that the processor has. Sums are f32. Every kernel gives the same bits whatever the number of threads: work is
+//! split by the shape, never by the machine.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
+use std::sync::Mutex;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
+use half::{bf16, f16};
+
+use crate::{Error, Result};
+
+/// An element type of the CPU kernels: f32, f16 or bf16. Arithmetic is done in f32.
+pub trait Element: WithDType + Send + Sync {
+    /// Exact.
+    fn widen(self) -> f32;
+    /// Rounded to nearest, ties to even.
+    fn narrow(value: f32) -> Self;
+    /// The elements, when the storage is of this type.
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        value
+    }
+    #[inline]
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        match storage {
+            CpuStorage::F32(elements) => Some(elements),
+            _ => None,
+        }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+    #[inline]
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        match storage {
+            CpuStorage::F16(elements) => Some(elements),
+            _ => None,
+        }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+    #[inline]
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+        match storage {
+            CpuStorage::BF16(elements) => Some(elements),
+            _ => None,
+        }
+    }
+}
+
+/// Runs `f` with the widest vector instructions of this processor. `f` and what it calls must be `#[inline(always)]`
+/// to be compiled for them.
+#[inline(always)]
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+    struct Call<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Call<F> {
+        type Output = R;
+        #[inline(always)]
+        fn call(self) -> R {
+            (self.0)()
+        }
+    }
+    static ARCH: std::sync::LazyLock<pulp::Arch> = std::sync::LazyLock::new(pulp::Arch::new);
+    ARCH.dispatch(Call(f))
+}
+
+/// The elements of a contiguous CPU tensor, read-locked.
+pub struct View<'a, T> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+    element: PhantomData<T>,
+}
+
+impl<T: WithDType> Deref for View<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            Storage::Cpu(storage) => match storage.as_slice::<T>() {
+                Ok(all) => &all[self.range.clone()],
+                Err(_) => unreachable!("view() checked the dtype"),
+            },
+            _ => unreachable!("view() checked the device"),
+        }
+    }
+}
+
+/// Reads a contiguous CPU tensor of dtype `T` (offset honoured). Anything else is an error that names the op and the tensor.
+pub fn view<'a, T: WithDType>(op: &'static str, name: &str, tensor: &'a Tensor) -> Result<View<'a, T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let range = contiguous_range(op, name, layout)?;
+    match &*storage {
+        Storage::Cpu(cpu) => {
+            check_dtype::<T>(op, name, cpu.dtype())?;
+        }
+        _ => return Err(Error::op(op, format!("{name} is not on the CPU but on {:?}", tensor.device()))),
+    }
+    Ok(View { storage, range, element: PhantomData })
+}
+
+/// Gives `f` the elements of a contiguous CPU tensor (offset honoured) to change in place. All views of the same storage
+/// see the change. `f` must not read a tensor that shares `dst`'s storage.
+pub fn update<T: Element, R>(
+    op: &'static str,
+    name: &str,
+    dst: &Tensor,
+    f: impl FnOnce(&mut [T]) -> Result<R>,
+) -> Result<R> {
+    struct Update<F, R> {
+        op: &'static str,
+        name: String,
+        f: Mutex<Option<F>>,
+        result: Mutex<Option<Result<R>>>,
+    }
+    impl<F, R> Update<F, R> {
+        fn run<T: Element>(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()>
+        where
+            F: FnOnce(&mut [T]) -> Result<R>,
+        {
+            let range = contiguous_range(self.op, &self.name, layout)?;
+            check_dtype::<T>(self.op, &self.name, storage.dtype())?;
+            let all = T::slice_mut(storage).ok_or_else(|| Error::op(self.op, "unexpected storage"))?;
+            let f = self.f.lock().ok().and_then(|mut f| f.take());
+            let f = f.ok_or_else(|| Error::op(self.op, "ran twice"))?;
+            let result = f(&mut all[range]);
+            if let Ok(mut slot) = self.result.lock() {
+                *slot = Some(result);
+            }
+            Ok(())
+        }
+    }
+    struct Typed<F, R, T>(Update<F, R>, PhantomData<T>);
+    impl<T: Element, R, F: FnOnce(&mut [T]) -> Result<R>> InplaceOp1 for Typed<F, R, T> {
+        fn name(&self) -> &'static str {
+            self.0.op
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            Ok(self.0.run::<T>(storage, layout)?)
+        }
+    }
+    let call = Typed(
+        Update { op, name: name.to_string(), f: Mutex::new(Some(f)), result: Mutex::new(None) },
+        PhantomData::<T>,
+    );
+    dst.inplace_op1(&call)?;
+    let result = call.0.result.into_inner().ok().flatten();
+    result.unwrap_or_else(|| Err(Error::op(op, format!("{name} is not on the CPU"))))
+}
+
+fn contiguous_range(op: &'static str, name: &str, layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => Err(Error::op(op, format!("{name} {:?} is not contiguous", layout.shape()))),
+    }
+}
+
+fn check_dtype<T: WithDType>(op: &'static str, name: &str, found: DType) -> Result<()> {
+    if found == T::DTYPE {
+        return Ok(());
+    }
+    Err(Error::op(op, format!("{name} has dtype {found:?}, but {:?} is needed", T::DTYPE)))
+}

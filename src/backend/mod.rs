@@ -1,0 +1,6 @@
+//! Devices and the fused ops that run on them.
+
+pub mod cpu;
+pub mod custom_ops;
+pub mod dropout;
+pub mod reference;
