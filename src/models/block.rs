@@ -1,0 +1,236 @@
+//! One decoder block of the Llama family, forward and backward:
+//! `m = x + o_proj(attention(rope(q), rope(k), v))`, `y = m + down(silu(gate) ∘ up)`, with an RMSNorm before each half and,
+//! in Qwen3, one over each head of q and k.
+
+use candle_core::Tensor;
+
+use super::linear::{DropoutRound, Linear, Parameter};
+use crate::Result;
+use crate::backend::custom_ops::attention::{AttentionArgs, Sequence};
+use crate::backend::custom_ops::{attention, rms_norm, rope, swiglu};
+
+/// What all blocks of one pass share: where the sequences lie, the rotary tables and the dropout round.
+pub struct Pass<'a> {
+    /// The sequences, laid end to end.
+    pub sequences: &'a [Sequence],
+    /// The position of each token in its sequence.
+    pub positions: &'a [u32],
+    /// `[P, head_dim / 2]` f32.
+    pub cos: &'a Tensor,
+    /// `[P, head_dim / 2]` f32.
+    pub sin: &'a Tensor,
+    /// The dropout masks' round; `None` outside training.
+    pub round: Option<DropoutRound>,
+}
+
+/// A decoder block.
+#[derive(Debug, Clone)]
+pub struct Block {
+    pub(super) input_norm: Parameter,
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) q_norm: Option<Parameter>,
+    pub(super) k_norm: Option<Parameter>,
+    pub(super) o: Linear,
+    pub(super) post_norm: Parameter,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+    pub(super) shape: BlockShape,
+}
+
+/// The sizes of a block that its weights do not tell.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockShape {
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) norm_eps: f64,
+    pub(super) window: Option<usize>,
+}
+
+/// What backward needs of a block's forward pass. SwiGLU's output is computed again from gate and up.
+pub struct Saved {
+    x: Tensor,
+    input: Normed,
+    q: Head,
+    k: Head,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    m: Tensor,
+    post: Normed,
+    gate: Tensor,
+    up: Tensor,
+    h: AdapterProducts,
+}
+
+struct Normed {
+    y: Tensor,
+    rstd: Tensor,
+}
+
+/// Queries or keys after norm and rotation; with a head norm, also its input and rstd.
+struct Head {
+    rotated: Tensor,
+    norm: Option<(Tensor, Tensor)>,
+}
+
+/// h = x A of each adapter.
+struct AdapterProducts {
+    q: Option<Tensor>,
+    k: Option<Tensor>,
+    v: Option<Tensor>,
+    o: Option<Tensor>,
+    gate: Option<Tensor>,
+    up: Option<Tensor>,
+    down: Option<Tensor>,
+}
+
+impl Block {
+    /// `y` `[T, hidden]` and what [`Block::backward`] takes. `extend` receives the new keys and values `[T, kv_heads, D]` and
+    /// returns those to attend to: themselves, or a cache that they were appended to.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        extend: impl FnOnce(Tensor, Tensor) -> Result<(Tensor, Tensor)>,
+    ) -> Result<(Tensor, Saved)> {
+        let eps = self.shape.norm_eps;
+        let (y, rstd) = rms_norm::forward(x, &self.input_norm.value, eps)?;
+        let input = Normed { y, rstd };
+        let (q, hq) = self.q.forward(&input.y, pass.round)?;
+        let (k, hk) = self.k.forward(&input.y, pass.round)?;
+        let (v, hv) = self.v.forward(&input.y, pass.round)?;
+        let q = self.head(q, self.shape.heads, self.q_norm.as_ref(), pass)?;
+        let mut k = self.head(k, self.shape.kv_heads, self.k_norm.as_ref(), pass)?;
+        let tokens = x.dim(0)?;
+        let v = v.reshape((tokens, self.shape.kv_heads, self.shape.head_dim))?;
+        let (keys, v) = extend(k.rotated, v)?;
+        k.rotated = keys;
+
+        let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, &self.attention_args(pass))?;
+        let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
+        let (attended, ho) = self.o.forward(&flat, pass.round)?;
+        let (m, y, rstd) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
+        let post = Normed { y, rstd };
+
+        let (gate, hgate) = self.gate.forward(&post.y, pass.round)?;
+        let (up, hup) = self.up.forward(&post.y, pass.round)?;
+        let (down, hdown) = self.down.forward(&swiglu::forward(&gate, &up)?, pass.round)?;
+        let y = down.add(&m)?;
+        let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
+        Ok((y, Saved { x: x.clone(), input, q, k, v, o, lse, m, post, gate, up, h }))
+    }
+
+    /// Takes the output's gradient `g` `[T, hidden]`, turns it in place into the input's, and adds the gradients of the
+    /// trained parameters to their buffers. With `input_gradient` false the lowest products that only `dx` needs are left
+    /// out and `g` is of no further use.
+    pub fn backward(&self, saved: Saved, g: Tensor, pass: &Pass, input_gradient: bool) -> Result<Tensor> {
+        let Saved { x, input, q, k, v, o, lse, m, post, gate, up, h } = saved;
+        let round = pass.round;
+        let tokens = x.dim(0)?;
+
+        let act = swiglu::forward(&gate, &up)?;
+        let d_act = act.zeros_like()?;
+        self.down.backward(&act, h.down.as_ref(), &g, round, Some(&d_act))?;
+        drop(act);
+        let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_act)?;
+        drop((d_act, gate, up));
+        let d_post = post.y.zeros_like()?;
+        self.gate.backward(&post.y, h.gate.as_ref(), &d_gate, round, Some(&d_post))?;
+        self.up.backward(&post.y, h.up.as_ref(), &d_up, round, Some(&d_post))?;
+        drop((d_gate, d_up));
+        let norm = &self.post_norm;
+        rms_norm::backward(&m, &norm.value, &post.rstd, &d_post, &g, norm.grad.as_ref())?;
+
+        let d_o = o.zeros_like()?;
+        let width = self.shape.heads * self.shape.head_dim;
+        let (flat, d_flat) = (o.reshape((tokens, width))?, d_o.reshape((tokens, width))?);
+        self.o.backward(&flat, h.o.as_ref(), &g, round, Some(&d_flat))?;
+        let (dq, dk, dv) = attention::backward(&q.rotated, &k.rotated, &v, &o, &lse, &d_o, &self.attention_args(pass))?;
+        let dq = self.head_backward(dq, q.norm, self.q_norm.as_ref(), pass)?;
+        let dk = self.head_backward(dk, k.norm, self.k_norm.as_ref(), pass)?;
+        let dv = dv.reshape((tokens, self.shape.kv_heads * self.shape.head_dim))?;
+
+        let norm = &self.input_norm;
+        let d_input = if input_gradient || norm.grad.is_some() { Some(input.y.zeros_like()?) } else { None };
+        self.q.backward(&input.y, h.q.as_ref(), &dq, round, d_input.as_ref())?;
+        self.k.backward(&input.y, h.k.as_ref(), &dk, round, d_input.as_ref())?;
+        self.v.backward(&input.y, h.v.as_ref(), &dv, round, d_input.as_ref())?;
+        if let Some(d_input) = d_input {
+            rms_norm::backward(&x, &norm.value, &input.rstd, &d_input, &g, norm.grad.as_ref())?;
+        }
+        Ok(g)
+    }
+
+    /// Whether any of its parameters is trained.
+    pub fn trained(&self) -> bool {
+        let norms = [Some(&self.input_norm), Some(&self.post_norm), self.q_norm.as_ref(), self.k_norm.as_ref()];
+        norms.into_iter().flatten().any(|norm| norm.grad.is_some()) || self.linears().iter().any(|(_, l)| l.trained())
+    }
+
+    /// The linears with their names below `model.layers.{i}.`, in the order of the forward pass.
+    pub fn linears(&self) -> [(&'static str, &Linear); 7] {
+        let Self { q, k, v, o, gate, up, down, .. } = self;
+        let [nq, nk, nv, no, ng, nu, nd] = LINEAR_NAMES;
+        [(nq, q), (nk, k), (nv, v), (no, o), (ng, gate), (nu, up), (nd, down)]
+    }
+
+    /// [`Block::linears`], to change.
+    pub fn linears_mut(&mut self) -> [(&'static str, &mut Linear); 7] {
+        let Self { q, k, v, o, gate, up, down, .. } = self;
+        let [nq, nk, nv, no, ng, nu, nd] = LINEAR_NAMES;
+        [(nq, q), (nk, k), (nv, v), (no, o), (ng, gate), (nu, up), (nd, down)]
+    }
+
+    fn head(&self, x: Tensor, heads: usize, norm: Option<&Parameter>, pass: &Pass) -> Result<Head> {
+        let x = x.reshape((x.dim(0)?, heads, self.shape.head_dim))?;
+        let (rotated, norm) = match norm {
+            None => (x, None),
+            Some(norm) => {
+                let (y, rstd) = rms_norm::forward(&x, &norm.value, self.shape.norm_eps)?;
+                (y, Some((x, rstd)))
+            }
+        };
+        rope::rotate(&rotated, pass.cos, pass.sin, pass.positions, false)?;
+        Ok(Head { rotated, norm })
+    }
+
+    /// From the gradient of rotated heads `[T, heads, D]` to that of the projection's output `[T, heads · D]`.
+    fn head_backward(
+        &self,
+        g: Tensor,
+        saved: Option<(Tensor, Tensor)>,
+        norm: Option<&Parameter>,
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        rope::rotate(&g, pass.cos, pass.sin, pass.positions, true)?;
+        let g = match (norm, saved) {
+            (Some(norm), Some((x, rstd))) => {
+                let dx = x.zeros_like()?;
+                rms_norm::backward(&x, &norm.value, &rstd, &g, &dx, norm.grad.as_ref())?;
+                dx
+            }
+            _ => g,
+        };
+        Ok(g.flatten_from(1)?)
+    }
+
+    fn attention_args<'a>(&self, pass: &Pass<'a>) -> AttentionArgs<'a> {
+        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
+        AttentionArgs { sequences: pass.sequences, scale, window: self.shape.window }
+    }
+}
+
+/// The names of a block's linears, as Hugging Face checkpoints have them.
+pub const LINEAR_NAMES: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
