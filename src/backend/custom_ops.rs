@@ -2,3 +2,12 @@
 //!
 //! An op is plain functions first, `forward` and `backward` on tensors without autograd, in its own file below; the
 //! function of the op's name puts it on Candle's tape.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod rms_norm;
+pub mod rope;
+pub(crate) mod support;
+pub mod swiglu;

@@ -5,6 +5,15 @@
 //! vectors that the processor has. Sums are f32. Every kernel gives the same bits whatever the number of threads: work is
 //! split by the shape, never by the machine.
 
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod exp;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 use std::sync::Mutex;

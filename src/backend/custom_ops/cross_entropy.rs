@@ -1,0 +1,113 @@
+//! Cross entropy fused with the output projection: `loss = Σ over counted rows of (logsumexp(z) - z[target])` with
+//! `z = hidden · headᵀ`, without ever holding all logits.
+//!
+//! `hidden` `[T, H]` and `head` `[V, H]` f32, f16 or bf16, each of its own dtype; `targets` T ids, of which rows with
+//! [`IGNORE`] are left out before any work. The counted rows are taken in chunks whose logits fit in a bounded buffer; in
+//! backward the chunk's logits become `scale · (softmax(z) - onehot)` in place, which gives `dhidden = P · head` and
+//! `dhead += Pᵀ · hidden` at once. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
+//! (Wijmans et al., "Cut your losses in large-vocabulary language models", 2024).
+
+use candle_core::{DType, Tensor};
+
+use super::support::{by_dtype, dims2, expect_dtype, expect_shape, on_cpu, record, tensor};
+use crate::backend::cpu::{self, update, view};
+use crate::{Error, Result};
+
+const OP: &str = "cross_entropy";
+
+/// A row with this target is not counted and costs nothing.
+pub const IGNORE: u32 = u32::MAX;
+
+/// A summed loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Loss {
+    /// Negative log likelihood, natural logarithm, summed over the counted rows.
+    pub sum: f64,
+    /// The counted rows.
+    pub count: usize,
+}
+
+impl Loss {
+    /// `sum / count`; 0 where nothing was counted.
+    pub fn mean(&self) -> f64 {
+        if self.count == 0 { 0.0 } else { self.sum / self.count as f64 }
+    }
+}
+
+/// The loss alone.
+pub fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Loss> {
+    on_cpu(OP, &[hidden, head])?;
+    let counted = check(hidden, head, targets)?;
+    by_dtype!(OP, "hidden", hidden.dtype(), T => by_dtype!(OP, "head", head.dtype(), W => {
+        let (hidden_view, head_view) = (view::<T>(OP, "hidden", hidden)?, view::<W>(OP, "head", head)?);
+        let sum = cpu::cross_entropy::forward(&hidden_view, &head_view, head.dims()[1], targets, &counted);
+        Ok(Loss { sum, count: counted.len() })
+    }))
+}
+
+/// The loss and `dhidden = scale · ∂sum/∂hidden`, in hidden's dtype and zero in rows that are not counted;
+/// `dhead` `[V, H]` f32 += `scale · ∂sum/∂head`. For the mean's gradient give `scale = 1 / count`.
+pub fn forward_backward(
+    hidden: &Tensor,
+    head: &Tensor,
+    targets: &[u32],
+    scale: f32,
+    dhead: Option<&Tensor>,
+) -> Result<(Loss, Tensor)> {
+    on_cpu(OP, &[hidden, head])?;
+    let counted = check(hidden, head, targets)?;
+    if let Some(dhead) = dhead {
+        on_cpu(OP, &[dhead])?;
+        expect_shape(OP, "dhead", dhead, head.dims())?;
+        expect_dtype(OP, "dhead", dhead, DType::F32)?;
+    }
+    by_dtype!(OP, "hidden", hidden.dtype(), T => by_dtype!(OP, "head", head.dtype(), W => {
+        let (hidden_view, head_view) = (view::<T>(OP, "hidden", hidden)?, view::<W>(OP, "head", head)?);
+        let mut dhidden = vec![T::default(); hidden.elem_count()];
+        let mut run = |dhead: Option<&mut [f32]>| {
+            let n = head.dims()[1];
+            cpu::cross_entropy::forward_backward(
+                &hidden_view, &head_view, n, targets, &counted, scale, &mut dhidden, dhead,
+            )
+        };
+        let sum = match dhead {
+            None => run(None),
+            Some(dhead) => update::<f32, _>(OP, "dhead", dhead, |dhead| Ok(run(Some(dhead))))?,
+        };
+        Ok((Loss { sum, count: counted.len() }, tensor(dhidden, hidden.shape())?))
+    }))
+}
+
+/// The mean over the counted rows, f32 `[]`, on Candle's tape, with the gradient for `hidden` only. Any layout.
+/// The gradient is computed together with the loss where `hidden` is tracked.
+pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let (hidden, head) = (hidden.contiguous()?, head.detach().contiguous()?);
+    let mean = |loss: Loss| Tensor::new(loss.mean() as f32, hidden.device());
+    if !hidden.track_op() {
+        return Ok(mean(forward(&hidden, &head, targets)?)?);
+    }
+    let count = targets.iter().filter(|&&target| target != IGNORE).count();
+    let scale = 1.0 / count.max(1) as f32;
+    let (loss, dhidden) = forward_backward(&hidden.detach(), &head, targets, scale, None)?;
+    record(OP, [&hidden], mean(loss)?, move |g| Ok([Some(dhidden.broadcast_mul(&g.to_dtype(dhidden.dtype())?)?)]))
+}
+
+/// The counted rows.
+fn check(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<usize>> {
+    let (tokens, n) = dims2(OP, "hidden", hidden, "[tokens, hidden]")?;
+    let (vocab, _) = dims2(OP, "head", head, "[vocabulary, hidden]")?;
+    expect_shape(OP, "head", head, &[vocab, n])?;
+    if targets.len() != tokens {
+        return Err(Error::op(OP, format!("{} targets for {tokens} rows; one each is needed", targets.len())));
+    }
+    let counted: Vec<usize> = (0..tokens).filter(|&row| targets[row] != IGNORE).collect();
+    let mut bad = counted.iter().filter(|&&row| targets[row] as usize >= vocab);
+    if let Some(&row) = bad.next() {
+        let problem = format!("target {} of row {row} is outside the vocabulary of {vocab}", targets[row]);
+        return Err(Error::op(OP, format!("{problem} ({} such rows)", 1 + bad.count())));
+    }
+    if n == 0 {
+        return Err(Error::op(OP, format!("hidden has shape {:?}; rows of length 0 have no logits", hidden.dims())));
+    }
+    Ok(counted)
+}

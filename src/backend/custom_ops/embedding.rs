@@ -1,0 +1,56 @@
+//! Embedding: `y[t] = table[ids[t]]`; backward `dtable[ids[t]] += g[t]`, in the order of the tokens, so that repeated ids
+//! give the same bits always.
+//!
+//! `table` `[V, H]` and `g` `[T, H]` f32, f16 or bf16; `dtable` `[V, H]` f32.
+
+use candle_core::{DType, Tensor};
+
+use super::support::{by_dtype, dims2, expect_dtype, expect_shape, on_cpu, tensor};
+use crate::backend::cpu::{self, update, view};
+use crate::{Error, Result};
+
+const OP: &str = "embedding";
+
+/// The rows of contiguous `table` for `ids`: `[ids.len(), H]` in the table's dtype.
+pub fn forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    on_cpu(OP, &[table])?;
+    let (vocab, hidden) = dims2(OP, "table", table, "[vocabulary, hidden]")?;
+    check_ids(ids, vocab)?;
+    by_dtype!(OP, "table", table.dtype(), T => {
+        let mut y = vec![T::default(); ids.len() * hidden];
+        if hidden > 0 {
+            cpu::embedding::forward::<T>(&view(OP, "table", table)?, ids, hidden, &mut y);
+        }
+        tensor(y, (ids.len(), hidden))
+    })
+}
+
+/// `dtable` += the rows of `g` at `ids`.
+pub fn backward(ids: &[u32], g: &Tensor, dtable: &Tensor) -> Result<()> {
+    on_cpu(OP, &[g, dtable])?;
+    let (vocab, hidden) = dims2(OP, "dtable", dtable, "[vocabulary, hidden]")?;
+    expect_dtype(OP, "dtable", dtable, DType::F32)?;
+    expect_shape(OP, "g", g, &[ids.len(), hidden])?;
+    check_ids(ids, vocab)?;
+    if hidden == 0 {
+        return Ok(());
+    }
+    by_dtype!(OP, "g", g.dtype(), T => {
+        let g = view::<T>(OP, "g", g)?;
+        update::<f32, _>(OP, "dtable", dtable, |dtable| {
+            cpu::embedding::backward(ids, &g, hidden, dtable);
+            Ok(())
+        })
+    })
+}
+
+fn check_ids(ids: &[u32], vocab: usize) -> Result<()> {
+    let mut bad = ids.iter().enumerate().filter(|&(_, &id)| id as usize >= vocab);
+    match bad.next() {
+        None => Ok(()),
+        Some((token, id)) => {
+            let problem = format!("id {id} of token {token} is outside the vocabulary of {vocab}");
+            Err(Error::op(OP, format!("{problem} ({} such tokens)", 1 + bad.count())))
+        }
+    }
+}
