@@ -110,7 +110,7 @@ impl Block {
         let (keys, v) = extend(k.rotated, v)?;
         k.rotated = keys;
 
-        let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, &self.attention_args(pass))?;
+        let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, self.attention_args(pass))?;
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
         let (attended, ho) = self.o.forward(&flat, pass.round)?;
         let (m, y, rstd) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
@@ -149,7 +149,7 @@ impl Block {
         let width = self.shape.heads * self.shape.head_dim;
         let (flat, d_flat) = (o.reshape((tokens, width))?, d_o.reshape((tokens, width))?);
         self.o.backward(&flat, h.o.as_ref(), &g, round, Some(&d_flat))?;
-        let (dq, dk, dv) = attention::backward(&q.rotated, &k.rotated, &v, &o, &lse, &d_o, &self.attention_args(pass))?;
+        let (dq, dk, dv) = attention::backward(&q.rotated, &k.rotated, &v, &o, &lse, &d_o, self.attention_args(pass))?;
         let dq = self.head_backward(dq, q.norm, self.q_norm.as_ref(), pass)?;
         let dk = self.head_backward(dk, k.norm, self.k_norm.as_ref(), pass)?;
         let dv = dv.reshape((tokens, self.shape.kv_heads * self.shape.head_dim))?;
