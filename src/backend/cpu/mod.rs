@@ -5,6 +5,10 @@
 //! vectors that the processor has. Sums are f32. Every kernel gives the same bits whatever the number of threads: work is
 //! split by the shape, never by the machine.
 
+pub mod floats;
+pub mod gemm;
+pub mod linear;
+
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 use std::sync::Mutex;
