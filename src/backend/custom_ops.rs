@@ -5,8 +5,10 @@
 
 pub mod adamw;
 pub mod attention;
+mod check;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod linear;
 pub mod rms_norm;
 pub mod rope;
 pub(crate) mod support;

@@ -3,4 +3,5 @@
 pub mod cpu;
 pub mod custom_ops;
 pub mod dropout;
+pub mod fallback;
 pub mod reference;

@@ -6,7 +6,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::support::{expect_dtype, expect_shape, on_cpu};
+use super::check::shape;
+use super::support::{expect_dtype, on_cpu};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 
@@ -31,8 +32,8 @@ pub struct AdamW {
 pub fn step(block: &Tensor, grads: &Tensor, grad_scale: f32, t: usize, adamw: &AdamW) -> Result<()> {
     on_cpu(OP, &[block, grads])?;
     let n = grads.elem_count();
-    expect_shape(OP, "grads", grads, &[n])?;
-    expect_shape(OP, "block", block, &[3, n])?;
+    shape(OP, "grads", grads, &[n])?;
+    shape(OP, "block", block, &[3, n])?;
     expect_dtype(OP, "block", block, DType::F32)?;
     let &AdamW { learning_rate, beta1, beta2, epsilon, weight_decay } = adamw;
     if t == 0 {

@@ -12,7 +12,8 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::support::{by_dtype, dims3, expect_dtype, expect_shape, on_cpu, record, tensor};
+use super::check::shape;
+use super::support::{by_dtype, dims3, expect_dtype, on_cpu, record, tensor};
 use crate::backend::cpu::attention::Sizes;
 use crate::backend::cpu::{self, view};
 use crate::{Error, Result};
@@ -76,9 +77,9 @@ pub fn backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     on_cpu(OP, &[q, k, v, o, lse, g])?;
     let sizes = check(q, k, v, args)?;
-    expect_shape(OP, "o", o, q.dims())?;
-    expect_shape(OP, "g", g, q.dims())?;
-    expect_shape(OP, "lse", lse, &q.dims()[..2])?;
+    shape(OP, "o", o, q.dims())?;
+    shape(OP, "g", g, q.dims())?;
+    shape(OP, "lse", lse, &q.dims()[..2])?;
     by_dtype!(OP, "q", q.dtype(), T => {
         let (q_view, k_view, v_view) = (view::<T>(OP, "q", q)?, view(OP, "k", k)?, view(OP, "v", v)?);
         let (o, lse, g) = (view(OP, "o", o)?, view(OP, "lse", lse)?, view(OP, "g", g)?);
@@ -103,8 +104,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Res
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Result<Sizes> {
     let (queries, q_heads, dim) = dims3(OP, "q", q, "[queries, heads, head size]")?;
     let (keys, kv_heads, _) = dims3(OP, "k", k, "[keys, key heads, head size]")?;
-    expect_shape(OP, "k", k, &[keys, kv_heads, dim])?;
-    expect_shape(OP, "v", v, &[keys, kv_heads, dim])?;
+    shape(OP, "k", k, &[keys, kv_heads, dim])?;
+    shape(OP, "v", v, &[keys, kv_heads, dim])?;
     expect_dtype(OP, "k", k, q.dtype())?;
     expect_dtype(OP, "v", v, q.dtype())?;
     if kv_heads == 0 || q_heads == 0 || dim == 0 || q_heads % kv_heads != 0 {

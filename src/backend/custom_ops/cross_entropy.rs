@@ -9,7 +9,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::support::{by_dtype, dims2, expect_dtype, expect_shape, on_cpu, record, tensor};
+use super::check::shape;
+use super::support::{by_dtype, dims2, expect_dtype, on_cpu, record, tensor};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 
@@ -58,7 +59,7 @@ pub fn forward_backward(
     let counted = check(hidden, head, targets)?;
     if let Some(dhead) = dhead {
         on_cpu(OP, &[dhead])?;
-        expect_shape(OP, "dhead", dhead, head.dims())?;
+        shape(OP, "dhead", dhead, head.dims())?;
         expect_dtype(OP, "dhead", dhead, DType::F32)?;
     }
     by_dtype!(OP, "hidden", hidden.dtype(), T => by_dtype!(OP, "head", head.dtype(), W => {
@@ -96,7 +97,7 @@ pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<
 fn check(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<usize>> {
     let (tokens, n) = dims2(OP, "hidden", hidden, "[tokens, hidden]")?;
     let (vocab, _) = dims2(OP, "head", head, "[vocabulary, hidden]")?;
-    expect_shape(OP, "head", head, &[vocab, n])?;
+    shape(OP, "head", head, &[vocab, n])?;
     if targets.len() != tokens {
         return Err(Error::op(OP, format!("{} targets for {tokens} rows; one each is needed", targets.len())));
     }

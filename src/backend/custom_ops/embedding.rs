@@ -5,7 +5,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::support::{by_dtype, dims2, expect_dtype, expect_shape, on_cpu, tensor};
+use super::check::shape;
+use super::support::{by_dtype, dims2, expect_dtype, on_cpu, tensor};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 
@@ -30,7 +31,7 @@ pub fn backward(ids: &[u32], g: &Tensor, dtable: &Tensor) -> Result<()> {
     on_cpu(OP, &[g, dtable])?;
     let (vocab, hidden) = dims2(OP, "dtable", dtable, "[vocabulary, hidden]")?;
     expect_dtype(OP, "dtable", dtable, DType::F32)?;
-    expect_shape(OP, "g", g, &[ids.len(), hidden])?;
+    shape(OP, "g", g, &[ids.len(), hidden])?;
     check_ids(ids, vocab)?;
     if hidden == 0 {
         return Ok(());

@@ -6,7 +6,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::support::{by_dtype, expect_dtype, expect_shape, on_cpu, record, rows, tensor};
+use super::check::shape;
+use super::support::{by_dtype, expect_dtype, on_cpu, record, rows, tensor};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 
@@ -27,7 +28,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)
 pub fn forward_add(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor, Tensor)> {
     on_cpu(OP, &[x, residual, weight])?;
     let m = check(x, weight, eps)?;
-    expect_shape(OP, "residual", residual, x.dims())?;
+    shape(OP, "residual", residual, x.dims())?;
     by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {
         let (mut sum, mut y) = (vec![T::default(); x.elem_count()], vec![T::default(); x.elem_count()]);
         let mut rstd = vec![0.0; m];
@@ -50,11 +51,11 @@ pub fn backward(
 ) -> Result<()> {
     on_cpu(OP, &[x, weight, rstd, g, dx])?;
     let m = check(x, weight, 0.0)?;
-    expect_shape(OP, "g", g, x.dims())?;
-    expect_shape(OP, "dx", dx, x.dims())?;
-    expect_shape(OP, "rstd", rstd, &[m])?;
+    shape(OP, "g", g, x.dims())?;
+    shape(OP, "dx", dx, x.dims())?;
+    shape(OP, "rstd", rstd, &[m])?;
     if let Some(dweight) = dweight {
-        expect_shape(OP, "dweight", dweight, weight.dims())?;
+        shape(OP, "dweight", dweight, weight.dims())?;
         expect_dtype(OP, "dweight", dweight, DType::F32)?;
     }
     let sums = by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {
@@ -87,7 +88,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 /// The number of rows of `x`.
 fn check(x: &Tensor, weight: &Tensor, eps: f64) -> Result<usize> {
     let (m, n) = rows(OP, "x", x)?;
-    expect_shape(OP, "weight", weight, &[n])?;
+    shape(OP, "weight", weight, &[n])?;
     if n == 0 {
         return Err(Error::op(OP, format!("x has shape {:?}; rows of length 0 have no norm", x.dims())));
     }

@@ -6,7 +6,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::support::{by_dtype, dims3, expect_dtype, expect_shape, on_cpu, record};
+use super::check::shape;
+use super::support::{by_dtype, dims3, expect_dtype, on_cpu, record};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 
@@ -21,7 +22,7 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &[u32], inverse
     }
     let known = cos.dims().first().copied().unwrap_or(0);
     for (name, table) in [("cos", cos), ("sin", sin)] {
-        expect_shape(OP, name, table, &[known, dim / 2])?;
+        shape(OP, name, table, &[known, dim / 2])?;
         expect_dtype(OP, name, table, DType::F32)?;
     }
     if positions.len() != tokens {

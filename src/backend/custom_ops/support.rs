@@ -7,6 +7,7 @@ use candle_core::{
     Tensor,
 };
 
+use crate::backend::fallback::device_name;
 use crate::{Error, Result};
 
 /// Evaluates an expression of type `Result` with `$T` standing for the element type of `$dtype`: f32, f16 or bf16.
@@ -33,12 +34,10 @@ pub(crate) use by_dtype;
 
 /// Where an op has no kernel for `device`.
 pub(crate) fn no_kernel(op: &str, device: &Device) -> Error {
-    let name = match device {
-        Device::Cpu => "cpu",
-        Device::Cuda(_) => "cuda",
-        Device::Metal(_) => "metal",
-    };
-    Error::Device { device: name.to_string(), problem: format!("{op} has no kernel for it; use the cpu") }
+    Error::Device {
+        device: device_name(device).to_string(),
+        problem: format!("{op} has no kernel for it; use the cpu"),
+    }
 }
 
 /// All tensors must be on the CPU; else an error that names the op and the device.
@@ -47,14 +46,6 @@ pub(crate) fn on_cpu(op: &str, tensors: &[&Tensor]) -> Result<()> {
         Some(tensor) => Err(no_kernel(op, tensor.device())),
         None => Ok(()),
     }
-}
-
-/// `tensor` must have exactly this shape.
-pub(crate) fn expect_shape(op: &'static str, name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
-    if tensor.dims() == shape {
-        return Ok(());
-    }
-    Err(Error::op(op, format!("{name} has shape {:?}, but {shape:?} is needed", tensor.dims())))
 }
 
 /// `tensor` must have this dtype.

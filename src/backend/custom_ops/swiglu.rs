@@ -5,7 +5,8 @@
 
 use candle_core::Tensor;
 
-use super::support::{by_dtype, expect_shape, on_cpu, record, tensor};
+use super::check::shape;
+use super::support::{by_dtype, on_cpu, record, tensor};
 use crate::Result;
 use crate::backend::cpu::{self, view};
 
@@ -14,7 +15,7 @@ const OP: &str = "swiglu";
 /// `silu(gate) · up` of contiguous tensors.
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     on_cpu(OP, &[gate, up])?;
-    expect_shape(OP, "up", up, gate.dims())?;
+    shape(OP, "up", up, gate.dims())?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
         let mut y = vec![T::default(); gate.elem_count()];
         cpu::swiglu::forward::<T>(&view(OP, "gate", gate)?, &view(OP, "up", up)?, &mut y);
@@ -25,8 +26,8 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// `(dgate, dup)` from the gradient `g` of the output.
 pub fn backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
     on_cpu(OP, &[gate, up, g])?;
-    expect_shape(OP, "up", up, gate.dims())?;
-    expect_shape(OP, "g", g, gate.dims())?;
+    shape(OP, "up", up, gate.dims())?;
+    shape(OP, "g", g, gate.dims())?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
         let (mut dgate, mut dup) = (vec![T::default(); gate.elem_count()], vec![T::default(); gate.elem_count()]);
         let (gate_view, up, g) = (view::<T>(OP, "gate", gate)?, view(OP, "up", up)?, view(OP, "g", g)?);

@@ -1,0 +1,125 @@
+//! `y = x Wᵀ + bias` and its gradients on the CPU: x `[m, k]`, W `[n, k]`, bias `[n]`, g `[m, n]`, all read as f32.
+//!
+//! Half-precision weights are widened a tile of rows at a time, so W never exists twice. A few rows (decoding) take a path
+//! of their own: it is bound by reading W once, which `gemm` does on one core only.
+
+use rayon::prelude::*;
+
+use super::floats::Floats;
+use super::gemm::{Matrix, MatrixMut, gemm};
+use super::simd;
+
+/// f32 elements of W widened at a time (1 MiB: a share of the last-level cache).
+const WEIGHT_TILE: usize = 1 << 18;
+/// Up to this many rows of x, dot products beat `gemm`.
+const FEW_ROWS: usize = 4;
+/// Columns that one task of a column sum takes.
+const SUM_COLUMNS: usize = 256;
+
+/// `y = x Wᵀ + bias`, `[m, n]`.
+pub fn forward(x: &[f32], w: &Floats, bias: Option<&[f32]>, m: usize, k: usize, n: usize) -> Vec<f32> {
+    let mut y = match bias {
+        Some(bias) => bias.repeat(m),
+        None => vec![0.0; m * n],
+    };
+    if m <= FEW_ROWS {
+        few_rows(x, w, &mut y, m, k, n);
+        return y;
+    }
+    let keep = if bias.is_some() { 1.0 } else { 0.0 };
+    for_weight_tiles(w, k, n, |start, tile, rows| {
+        let columns = MatrixMut::with_row_stride(&mut y[start..], m, rows, n);
+        gemm(columns, keep, 1.0, Matrix::new(x, m, k), Matrix::new(tile, rows, k).t());
+    });
+    y
+}
+
+/// `dx += g W`, `[m, k]`.
+pub fn input_gradient(g: &[f32], w: &Floats, dx: &mut [f32], m: usize, k: usize, n: usize) {
+    for_weight_tiles(w, k, n, |start, tile, rows| {
+        let g = if m == 0 { g } else { &g[start..] };
+        let columns = Matrix::with_row_stride(g, m, rows, n);
+        gemm(MatrixMut::new(dx, m, k), 1.0, 1.0, columns, Matrix::new(tile, rows, k));
+    });
+}
+
+/// `dW += gᵀ x`, `[n, k]`.
+pub fn weight_gradient(x: &[f32], g: &[f32], dw: &mut [f32], m: usize, k: usize, n: usize) {
+    gemm(MatrixMut::new(dw, n, k), 1.0, 1.0, Matrix::new(g, m, n).t(), Matrix::new(x, m, k));
+}
+
+/// `dbias += Σ rows of g`, `[n]`.
+pub fn bias_gradient(g: &[f32], dbias: &mut [f32], n: usize) {
+    dbias.par_chunks_mut(SUM_COLUMNS).enumerate().for_each(|(task, dbias)| {
+        let start = task * SUM_COLUMNS;
+        for row in g.chunks_exact(n) {
+            let row = &row[start..start + dbias.len()];
+            dbias.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+        }
+    });
+}
+
+/// Calls `f(first row, f32 rows, their number)` for W in order: at once when it is f32, else tile by tile.
+fn for_weight_tiles(w: &Floats, k: usize, n: usize, mut f: impl FnMut(usize, &[f32], usize)) {
+    if let Some(w) = w.as_f32() {
+        return f(0, w, n);
+    }
+    let tile_rows = (WEIGHT_TILE / k).clamp(1, n.max(1));
+    let mut tile = vec![0.0; tile_rows * k];
+    for start in (0..n).step_by(tile_rows) {
+        let rows = tile_rows.min(n - start);
+        let part = (rows.div_ceil(8)).max(1) * k;
+        let parts = tile[..rows * k].par_chunks_mut(part).enumerate();
+        parts.for_each(|(index, dst)| w.widen_into(start * k + index * part, dst));
+        f(start, &tile[..rows * k], rows);
+    }
+}
+
+/// `y += x Wᵀ` for few rows: each row of W is read once and multiplied with every row of x.
+fn few_rows(x: &[f32], w: &Floats, y: &mut [f32], m: usize, k: usize, n: usize) {
+    if m == 0 {
+        return;
+    }
+    // Rows of W per task: about 64 KiB of f32, and a number that does not depend on the machine.
+    let task = ((1 << 14) / k).clamp(1, n.max(1));
+    let mut columns = vec![0.0; n * m];
+    columns.par_chunks_mut(task * m).enumerate().for_each(|(index, columns)| {
+        let mut wide = if w.as_f32().is_some() { Vec::new() } else { vec![0.0; k] };
+        for (offset, sums) in columns.chunks_exact_mut(m).enumerate() {
+            let start = (index * task + offset) * k;
+            let row = match w.as_f32() {
+                Some(w) => &w[start..start + k],
+                None => {
+                    w.widen_into(start, &mut wide);
+                    &wide
+                }
+            };
+            for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
+                *sum = dot(x, row);
+            }
+        }
+    });
+    for (j, sums) in columns.chunks_exact(m).enumerate() {
+        for (i, sum) in sums.iter().enumerate() {
+            y[i * n + j] += sum;
+        }
+    }
+}
+
+/// `Σ a · b` in 32 partial sums.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    simd(
+        #[inline(always)]
+        || {
+            let mut sums = [0.0_f32; 32];
+            let (a, b) = (a.as_chunks::<32>(), b.as_chunks::<32>());
+            for (a, b) in a.0.iter().zip(b.0) {
+                for lane in 0..32 {
+                    sums[lane] = a[lane].mul_add(b[lane], sums[lane]);
+                }
+            }
+            let tail: f32 = a.1.iter().zip(b.1).map(|(a, b)| a * b).sum();
+            tail + sums.iter().sum::<f32>()
+        },
+    )
+}

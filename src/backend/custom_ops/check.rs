@@ -1,0 +1,78 @@
+//! Checks that the ops share. Every message names the tensor and says what it is and what it should be.
+
+use candle_core::{DType, Tensor};
+
+use crate::{Error, Result};
+
+/// Why an op runs as a composite off the CPU.
+pub(super) const NO_KERNEL: &str = "this build has no kernel for it on this device";
+
+/// f32, f16 or bf16.
+pub(super) fn float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+    match tensor.dtype() {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        other => Err(Error::op(op, format!("{name} has dtype {other:?}, but f32, f16 or bf16 is needed"))),
+    }
+}
+
+/// The size of the last dimension: rank 1 at least, and not empty.
+pub(super) fn last_dim(op: &'static str, name: &str, tensor: &Tensor) -> Result<usize> {
+    match tensor.dims().last() {
+        Some(&last) if last > 0 => Ok(last),
+        _ => {
+            let dims = tensor.dims();
+            Err(Error::op(op, format!("{name} {dims:?} must have at least one dimension, the last not empty")))
+        }
+    }
+}
+
+/// Exactly `dims`.
+pub(super) fn shape(op: &'static str, name: &str, tensor: &Tensor, dims: &[usize]) -> Result<()> {
+    if tensor.dims() == dims {
+        return Ok(());
+    }
+    Err(Error::op(op, format!("{name} has shape {:?}, but {dims:?} is needed", tensor.dims())))
+}
+
+/// One device for both.
+pub(super) fn same_device(op: &'static str, name: &str, tensor: &Tensor, like_name: &str, like: &Tensor) -> Result<()> {
+    if tensor.device().same_device(like.device()) {
+        return Ok(());
+    }
+    let (here, there) = (tensor.device().location(), like.device().location());
+    Err(Error::op(
+        op,
+        format!("{name} {:?} is on {here:?}, but {like_name} {:?} is on {there:?}", tensor.dims(), like.dims()),
+    ))
+}
+
+/// A gradient of an activation: of `dims`, f32 or of x's dtype, on x's device.
+pub(super) fn gradient(op: &'static str, name: &str, tensor: &Tensor, dims: &[usize], x: &Tensor) -> Result<()> {
+    shape(op, name, tensor, dims)?;
+    if tensor.dtype() != DType::F32 && tensor.dtype() != x.dtype() {
+        let (found, wanted) = (tensor.dtype(), x.dtype());
+        return Err(Error::op(op, format!("{name} has dtype {found:?}, but F32 or x's {wanted:?} is needed")));
+    }
+    same_device(op, name, tensor, "x", x)
+}
+
+/// A gradient of a parameter, added to in place: of `dims`, f32, on x's device.
+pub(super) fn sink(op: &'static str, name: &str, tensor: &Tensor, dims: &[usize], x: &Tensor) -> Result<()> {
+    shape(op, name, tensor, dims)?;
+    if tensor.dtype() != DType::F32 {
+        return Err(Error::op(
+            op,
+            format!("{name} has dtype {:?}, but gradients of parameters are F32", tensor.dtype()),
+        ));
+    }
+    same_device(op, name, tensor, "x", x)
+}
+
+/// x's dimensions with the last replaced by `n`.
+pub(super) fn with_last(x: &Tensor, n: usize) -> Vec<usize> {
+    let mut dims = x.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = n;
+    }
+    dims
+}

@@ -1,0 +1,143 @@
+//! The base linear layer: `y = x Wᵀ + bias`.
+//!
+//! x `[.., k]`, W `[n, k]`, bias `[n]`, y and g `[.., n]`, each f32, f16 or bf16; y has x's dtype. Sums are f32.
+//! Gradients: `dx += g W`, `dW += gᵀ x`, `dbias += Σ rows of g`. Gradients of parameters are f32; dx is f32 or of x's dtype.
+
+use candle_core::{DType, Tensor};
+
+use super::check;
+use crate::backend::cpu::floats::{Floats, tensor_of, update_f32};
+use crate::backend::{cpu, fallback};
+use crate::{Error, Result};
+
+const OP: &str = "linear";
+
+/// `x Wᵀ + bias`, `[.., n]`, of x's dtype.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let size = Size::of(OP, x, w, bias)?;
+    let shape = check::with_last(x, size.n);
+    if !x.device().is_cpu() {
+        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        return composite(x, w, bias, &size)?.reshape(shape).map_err(Error::from);
+    }
+    let (x, w) = (x.contiguous()?, w.contiguous()?);
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.as_ref().map(|bias| Floats::of(OP, "bias", bias)).transpose()?;
+    let bias = bias.as_ref().map(Floats::to_f32);
+    let values = Floats::of(OP, "x", &x)?;
+    let y = cpu::linear::forward(&values.to_f32(), &Floats::of(OP, "w", &w)?, bias.as_deref(), size.m, size.k, size.n);
+    tensor_of(y, shape, x.dtype())
+}
+
+/// Adds the gradients that have somewhere to go; a `None` is not computed.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn backward(
+    x: &Tensor,
+    w: &Tensor,
+    g: &Tensor,
+    dx: Option<&Tensor>,
+    dw: Option<&Tensor>,
+    dbias: Option<&Tensor>,
+) -> Result<()> {
+    let size = Size::of(OP, x, w, None)?;
+    check::gradient(OP, "g", g, &check::with_last(x, size.n), x)?;
+    if let Some(dx) = dx {
+        check::gradient(OP, "dx", dx, x.dims(), x)?;
+    }
+    if let Some(dw) = dw {
+        check::sink(OP, "dw", dw, w.dims(), x)?;
+    }
+    if let Some(dbias) = dbias {
+        check::sink(OP, "dbias", dbias, &[size.n], x)?;
+    }
+    let Size { m, k, n } = size;
+    if !x.device().is_cpu() {
+        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        let g = g.to_dtype(DType::F32)?.reshape((m, n))?;
+        if let Some(dx) = dx {
+            fallback::accumulate(dx, &g.matmul(&w.to_dtype(DType::F32)?)?)?;
+        }
+        if let Some(dw) = dw {
+            fallback::accumulate(dw, &g.t()?.matmul(&x.to_dtype(DType::F32)?.reshape((m, k))?)?)?;
+        }
+        if let Some(dbias) = dbias {
+            fallback::accumulate(dbias, &g.sum(0)?)?;
+        }
+        return Ok(());
+    }
+    let g = g.contiguous()?;
+    let g = Floats::of(OP, "g", &g)?;
+    let g = g.to_f32();
+    if let Some(dx) = dx {
+        let w = w.contiguous()?;
+        let w = Floats::of(OP, "w", &w)?;
+        update_f32(OP, "dx", dx, |dx| {
+            cpu::linear::input_gradient(&g, &w, dx, m, k, n);
+            Ok(())
+        })?;
+    }
+    if let Some(dw) = dw {
+        let x = x.contiguous()?;
+        let x = Floats::of(OP, "x", &x)?;
+        let x = x.to_f32();
+        cpu::update(OP, "dw", dw, |dw| {
+            cpu::linear::weight_gradient(&x, &g, dw, m, k, n);
+            Ok(())
+        })?;
+    }
+    if let Some(dbias) = dbias {
+        cpu::update(OP, "dbias", dbias, |dbias| {
+            cpu::linear::bias_gradient(&g, dbias, n);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// m rows of x, k and n columns of x and y.
+pub(super) struct Size {
+    pub m: usize,
+    pub k: usize,
+    pub n: usize,
+}
+
+impl Size {
+    /// Checks shapes, dtypes and devices.
+    pub fn of(op: &'static str, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let k = check::last_dim(op, "x", x)?;
+        check::float(op, "x", x)?;
+        check::float(op, "w", w)?;
+        check::same_device(op, "w", w, "x", x)?;
+        let n = match *w.dims() {
+            [n, columns] if columns == k && n > 0 => n,
+            _ => {
+                let (w, x) = (w.dims(), x.dims());
+                return Err(Error::op(
+                    op,
+                    format!("w {w:?} does not fit x {x:?}: w must be [n, {k}] with n at least 1"),
+                ));
+            }
+        };
+        if let Some(bias) = bias {
+            check::float(op, "bias", bias)?;
+            check::same_device(op, "bias", bias, "x", x)?;
+            check::shape(op, "bias", bias, &[n])?;
+        }
+        Ok(Self { m: x.elem_count() / k, k, n })
+    }
+}
+
+/// The same by Candle's ops, `[m, n]`.
+pub(super) fn composite(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, size: &Size) -> Result<Tensor> {
+    let rows = x.reshape((size.m, size.k))?;
+    let y = rows.matmul(&w.to_dtype(x.dtype())?.t()?)?;
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(&bias.to_dtype(x.dtype())?)?,
+        None => y,
+    })
+}
