@@ -4,4 +4,9 @@
 //! function of the op's name puts it on Candle's tape.
 
 mod check;
+pub mod fused_lora;
 pub mod linear;
+pub mod lora_linear;
+
+pub use fused_lora::{FusedLoRAOp, Sink, fused_lora, fused_lora_with_dropout};
+pub use lora_linear::lora_linear;

@@ -6,6 +6,7 @@
 //! split by the shape, never by the machine.
 
 pub mod floats;
+pub mod fused_lora;
 pub mod gemm;
 pub mod linear;
 
