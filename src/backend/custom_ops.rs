@@ -8,8 +8,18 @@ pub mod attention;
 mod check;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod fused_lora;
 pub mod linear;
+pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub(crate) mod support;
 pub mod swiglu;
+
+pub use attention::attention;
+pub use cross_entropy::cross_entropy;
+pub use fused_lora::{FusedLoRAOp, Sink, fused_lora, fused_lora_with_dropout};
+pub use lora_linear::lora_linear;
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use swiglu::swiglu;

@@ -3,39 +3,43 @@
 
 use std::borrow::Cow;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Device, Layout, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{Element, View, simd, update, view};
+use super::{Element, View, contiguous_range, simd, update, view};
 use crate::{Error, Result};
 
 /// Elements per parallel task of the conversions.
 const TASK: usize = 1 << 14;
 
-/// The elements of a contiguous CPU tensor of any of the three dtypes.
+/// Elements of any of the three dtypes, row-major.
+#[derive(Debug, Clone, Copy)]
 pub enum Floats<'a> {
     /// f32
-    F32(View<'a, f32>),
+    F32(&'a [f32]),
     /// f16
-    F16(View<'a, f16>),
+    F16(&'a [f16]),
     /// bf16
-    BF16(View<'a, bf16>),
+    BF16(&'a [bf16]),
 }
 
 impl<'a> Floats<'a> {
-    /// Reads `tensor`; an error names the op and the tensor when it is elsewhere, not contiguous or of another dtype.
-    pub fn of(op: &'static str, name: &str, tensor: &'a Tensor) -> Result<Self> {
-        match tensor.dtype() {
-            DType::F32 => Ok(Self::F32(view(op, name, tensor)?)),
-            DType::F16 => Ok(Self::F16(view(op, name, tensor)?)),
-            DType::BF16 => Ok(Self::BF16(view(op, name, tensor)?)),
-            other => Err(Error::op(op, format!("{name} has dtype {other:?}, but f32, f16 or bf16 is needed"))),
+    /// Reads a contiguous part of a storage; an error names the op and the tensor when it is not contiguous or of another
+    /// dtype.
+    pub fn of(op: &'static str, name: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let range = contiguous_range(op, name, layout)?;
+        match storage {
+            CpuStorage::F32(elements) => Ok(Self::F32(&elements[range])),
+            CpuStorage::F16(elements) => Ok(Self::F16(&elements[range])),
+            CpuStorage::BF16(elements) => Ok(Self::BF16(&elements[range])),
+            other => Err(wrong_dtype(op, name, other.dtype())),
         }
     }
 
     /// The elements themselves when they are f32.
-    pub fn as_f32(&self) -> Option<&[f32]> {
+    pub fn as_f32(&self) -> Option<&'a [f32]> {
         match self {
             Self::F32(elements) => Some(elements),
             _ => None,
@@ -53,7 +57,7 @@ impl<'a> Floats<'a> {
     }
 
     /// All elements: borrowed when they are f32, else widened on all cores.
-    pub fn to_f32(&self) -> Cow<'_, [f32]> {
+    pub fn to_f32(&self) -> Cow<'a, [f32]> {
         let len = match self {
             Self::F32(elements) => return Cow::Borrowed(elements),
             Self::F16(elements) => elements.len(),
@@ -62,6 +66,63 @@ impl<'a> Floats<'a> {
         let mut all = vec![0.0; len];
         all.par_chunks_mut(TASK).enumerate().for_each(|(task, dst)| self.widen_into(task * TASK, dst));
         Cow::Owned(all)
+    }
+}
+
+/// A contiguous CPU tensor of any of the three dtypes, read-locked.
+pub enum Held<'a> {
+    /// f32
+    F32(View<'a, f32>),
+    /// f16
+    F16(View<'a, f16>),
+    /// bf16
+    BF16(View<'a, bf16>),
+}
+
+impl<'a> Held<'a> {
+    /// Locks `tensor`; an error names the op and the tensor when it is elsewhere, not contiguous or of another dtype.
+    pub fn of(op: &'static str, name: &str, tensor: &'a Tensor) -> Result<Self> {
+        match tensor.dtype() {
+            DType::F32 => Ok(Self::F32(view(op, name, tensor)?)),
+            DType::F16 => Ok(Self::F16(view(op, name, tensor)?)),
+            DType::BF16 => Ok(Self::BF16(view(op, name, tensor)?)),
+            other => Err(wrong_dtype(op, name, other)),
+        }
+    }
+
+    /// The elements.
+    pub fn floats(&self) -> Floats<'_> {
+        match self {
+            Self::F32(elements) => Floats::F32(elements),
+            Self::F16(elements) => Floats::F16(elements),
+            Self::BF16(elements) => Floats::BF16(elements),
+        }
+    }
+}
+
+/// The elements that `layout` selects from `storage`, row-major, in a storage of their own.
+pub fn gather(op: &'static str, name: &str, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+    fn pick<T: Copy>(elements: &[T], layout: &Layout) -> Vec<T> {
+        let mut places = vec![layout.start_offset()];
+        for (&dim, &stride) in layout.dims().iter().zip(layout.stride()) {
+            places = places.iter().flat_map(|place| (0..dim).map(move |index| place + index * stride)).collect();
+        }
+        places.iter().map(|&place| elements[place]).collect()
+    }
+    match storage {
+        CpuStorage::F32(elements) => Ok(CpuStorage::F32(pick(elements, layout))),
+        CpuStorage::F16(elements) => Ok(CpuStorage::F16(pick(elements, layout))),
+        CpuStorage::BF16(elements) => Ok(CpuStorage::BF16(pick(elements, layout))),
+        other => Err(wrong_dtype(op, name, other.dtype())),
+    }
+}
+
+/// A CPU storage of `dtype` from f32 values, rounded on all cores.
+pub fn storage_of(values: Vec<f32>, dtype: DType) -> CpuStorage {
+    match dtype {
+        DType::F16 => CpuStorage::F16(narrowed(&values)),
+        DType::BF16 => CpuStorage::BF16(narrowed(&values)),
+        _ => CpuStorage::F32(values),
     }
 }
 
@@ -114,4 +175,8 @@ fn narrowed<T: Element>(values: &[f32]) -> Vec<T> {
     let mut all = vec![T::narrow(0.0); values.len()];
     all.par_chunks_mut(TASK).zip(values.par_chunks(TASK)).for_each(|(dst, src)| narrow(src, dst));
     all
+}
+
+fn wrong_dtype(op: &'static str, name: &str, found: DType) -> Error {
+    Error::op(op, format!("{name} has dtype {found:?}, but F32, F16 or BF16 is needed"))
 }

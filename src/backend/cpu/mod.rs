@@ -11,6 +11,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod exp;
 pub mod floats;
+pub mod fused_lora;
 pub mod gemm;
 pub mod linear;
 pub mod rms_norm;

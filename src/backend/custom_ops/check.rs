@@ -9,20 +9,22 @@ pub(super) const NO_KERNEL: &str = "this build has no kernel for it on this devi
 
 /// f32, f16 or bf16.
 pub(super) fn float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
-    match tensor.dtype() {
+    float_dtype(op, name, tensor.dtype())
+}
+
+/// f32, f16 or bf16.
+pub(super) fn float_dtype(op: &'static str, name: &str, dtype: DType) -> Result<()> {
+    match dtype {
         DType::F32 | DType::F16 | DType::BF16 => Ok(()),
-        other => Err(Error::op(op, format!("{name} has dtype {other:?}, but f32, f16 or bf16 is needed"))),
+        other => Err(Error::op(op, format!("{name} has dtype {other:?}, but F32, F16 or BF16 is needed"))),
     }
 }
 
-/// The size of the last dimension: rank 1 at least, and not empty.
-pub(super) fn last_dim(op: &'static str, name: &str, tensor: &Tensor) -> Result<usize> {
-    match tensor.dims().last() {
+/// The size of the last dimension: there is one, and it is not empty.
+pub(super) fn last(op: &'static str, name: &str, dims: &[usize]) -> Result<usize> {
+    match dims.last() {
         Some(&last) if last > 0 => Ok(last),
-        _ => {
-            let dims = tensor.dims();
-            Err(Error::op(op, format!("{name} {dims:?} must have at least one dimension, the last not empty")))
-        }
+        _ => Err(Error::op(op, format!("{name} {dims:?} must have at least one dimension, the last not empty"))),
     }
 }
 
@@ -68,9 +70,9 @@ pub(super) fn sink(op: &'static str, name: &str, tensor: &Tensor, dims: &[usize]
     same_device(op, name, tensor, "x", x)
 }
 
-/// x's dimensions with the last replaced by `n`.
-pub(super) fn with_last(x: &Tensor, n: usize) -> Vec<usize> {
-    let mut dims = x.dims().to_vec();
+/// `dims` with the last replaced by `n`.
+pub(super) fn with_last(dims: &[usize], n: usize) -> Vec<usize> {
+    let mut dims = dims.to_vec();
     if let Some(last) = dims.last_mut() {
         *last = n;
     }

@@ -5,8 +5,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check;
-use crate::backend::cpu::floats::{Floats, tensor_of, update_f32};
+use super::check::{self, with_last};
+use crate::backend::cpu::floats::{Held, tensor_of, update_f32};
 use crate::backend::{cpu, fallback};
 use crate::{Error, Result};
 
@@ -18,17 +18,24 @@ const OP: &str = "linear";
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let size = Size::of(OP, x, w, bias)?;
-    let shape = check::with_last(x, size.n);
+    let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
         fallback::allow(OP, x.device(), check::NO_KERNEL)?;
-        return composite(x, w, bias, &size)?.reshape(shape).map_err(Error::from);
+        return composite(&x.detach(), &w.detach(), bias, &size)?.detach().reshape(shape).map_err(Error::from);
     }
     let (x, w) = (x.contiguous()?, w.contiguous()?);
     let bias = bias.map(Tensor::contiguous).transpose()?;
-    let bias = bias.as_ref().map(|bias| Floats::of(OP, "bias", bias)).transpose()?;
-    let bias = bias.as_ref().map(Floats::to_f32);
-    let values = Floats::of(OP, "x", &x)?;
-    let y = cpu::linear::forward(&values.to_f32(), &Floats::of(OP, "w", &w)?, bias.as_deref(), size.m, size.k, size.n);
+    let bias = bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
+    let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
+    let values = Held::of(OP, "x", &x)?;
+    let y = cpu::linear::forward(
+        &values.floats().to_f32(),
+        &Held::of(OP, "w", &w)?.floats(),
+        bias.as_deref(),
+        size.m,
+        size.k,
+        size.n,
+    );
     tensor_of(y, shape, x.dtype())
 }
 
@@ -45,7 +52,7 @@ pub fn backward(
     dbias: Option<&Tensor>,
 ) -> Result<()> {
     let size = Size::of(OP, x, w, None)?;
-    check::gradient(OP, "g", g, &check::with_last(x, size.n), x)?;
+    check::gradient(OP, "g", g, &with_last(x.dims(), size.n), x)?;
     if let Some(dx) = dx {
         check::gradient(OP, "dx", dx, x.dims(), x)?;
     }
@@ -71,20 +78,20 @@ pub fn backward(
         return Ok(());
     }
     let g = g.contiguous()?;
-    let g = Floats::of(OP, "g", &g)?;
-    let g = g.to_f32();
+    let g = Held::of(OP, "g", &g)?;
+    let g = g.floats().to_f32();
     if let Some(dx) = dx {
         let w = w.contiguous()?;
-        let w = Floats::of(OP, "w", &w)?;
+        let w = Held::of(OP, "w", &w)?;
         update_f32(OP, "dx", dx, |dx| {
-            cpu::linear::input_gradient(&g, &w, dx, m, k, n);
+            cpu::linear::input_gradient(&g, &w.floats(), dx, m, k, n);
             Ok(())
         })?;
     }
     if let Some(dw) = dw {
         let x = x.contiguous()?;
-        let x = Floats::of(OP, "x", &x)?;
-        let x = x.to_f32();
+        let x = Held::of(OP, "x", &x)?;
+        let x = x.floats().to_f32();
         cpu::update(OP, "dw", dw, |dw| {
             cpu::linear::weight_gradient(&x, &g, dw, m, k, n);
             Ok(())
@@ -109,7 +116,7 @@ pub(super) struct Size {
 impl Size {
     /// Checks shapes, dtypes and devices.
     pub fn of(op: &'static str, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let k = check::last_dim(op, "x", x)?;
+        let k = check::last(op, "x", x.dims())?;
         check::float(op, "x", x)?;
         check::float(op, "w", w)?;
         check::same_device(op, "w", w, "x", x)?;

@@ -1,0 +1,191 @@
+//! A frozen linear layer with its adapter: `y = x Wᵀ + bias + s · (drop(x) A) B`.
+//!
+//! Shapes and dtypes are those of [`super::linear`] and [`super::fused_lora`]; y is rounded to x's dtype once. With
+//! h = drop(x) A and u = s · g Bᵀ: `dx = g W + drop(u Aᵀ)`, `dA = drop(x)ᵀ u`, `dB = s · hᵀ g`. W and bias are frozen: their
+//! gradients are never computed.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
+
+use super::check::{self, with_last};
+use super::fused_lora::{self, Sink, Size};
+use super::linear;
+use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
+use crate::backend::cpu::fused_lora::Lora;
+use crate::backend::dropout::Dropout;
+use crate::backend::{cpu, fallback};
+use crate::{Error, Result};
+
+const OP: &str = "lora_linear";
+
+/// `(y, h)`: y `[.., n]` of x's dtype, and `h = drop(x) A`, `[m, r]` f32, for [`backward`].
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn forward(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+) -> Result<(Tensor, Tensor)> {
+    let size = check_inputs(x, w, bias, a, b, dropout)?;
+    let shape = with_last(x.dims(), size.n);
+    if !x.device().is_cpu() {
+        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        let (x, a, b) = (x.detach(), a.detach(), b.detach());
+        let base = linear::composite(&x, &w.detach(), bias, &linear::Size { m: size.m, k: size.k, n: size.n })?;
+        let h = fused_lora::project(&x, &a, dropout)?;
+        let delta = (h.matmul(&b.to_dtype(DType::F32)?)? * s)?;
+        let y = (base.to_dtype(DType::F32)? + delta)?.to_dtype(x.dtype())?;
+        return Ok((y.detach().reshape(shape)?, h));
+    }
+    let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let frozen = Frozen { w, bias };
+    let (y, h) = fused_lora::with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
+        let mut y = frozen.forward(&Held::of(OP, "x", &x)?.floats(), &size)?;
+        let h = lora.project();
+        lora.add(&h, &mut y);
+        Ok((y, h))
+    })?;
+    Ok((tensor_of(y, shape, x.dtype())?, tensor_of(h, (size.m, size.r), DType::F32)?))
+}
+
+/// Adds the gradients that have somewhere to go: `dx += g W + drop(u Aᵀ)`, dA and dB. `h` is what [`forward`] returned.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    x: &Tensor,
+    w: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    h: Option<&Tensor>,
+    g: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+    sink: Sink,
+) -> Result<()> {
+    let size = check_inputs(x, w, None, a, b, dropout)?;
+    fused_lora::check_backward(OP, x, h, g, &size, &sink)?;
+    if let Some(dx) = sink.dx {
+        linear::backward(x, w, g, Some(dx), None, None)?;
+    }
+    fused_lora::backward(x, a, b, h, g, s, dropout, sink)
+}
+
+/// [`forward`] without dropout, on Candle's tape: x, A and B get gradients where they are tracked; W and bias get none, even
+/// where they are variables.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, a: &Tensor, b: &Tensor, s: f64) -> Result<Tensor> {
+    lora_linear_with_dropout(x, w, bias, a, b, s, None)
+}
+
+/// [`lora_linear`] with dropout on the adapter's input.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn lora_linear_with_dropout(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
+    let size = check_inputs(x, w, bias, a, b, dropout)?;
+    let (w, bias) = (w.detach(), bias.map(Tensor::detach));
+    if !x.device().is_cpu() {
+        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        let base = linear::composite(x, &w, bias.as_ref(), &linear::Size { m: size.m, k: size.k, n: size.n })?;
+        let delta = fused_lora::composite(x, a, b, s, dropout)?;
+        return Ok((base.reshape(delta.shape())? + delta)?);
+    }
+    let frozen = Frozen { w: w.contiguous()?, bias: bias.map(|bias| bias.contiguous()).transpose()? };
+    let op = Taped { frozen, s, dropout, size };
+    Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
+}
+
+/// W and bias, contiguous.
+struct Frozen {
+    w: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Frozen {
+    /// `x Wᵀ + bias`, `[m, n]`.
+    fn forward(&self, x: &Floats, size: &Size) -> Result<Vec<f32>> {
+        let bias = self.bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
+        let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
+        let w = Held::of(OP, "w", &self.w)?;
+        Ok(cpu::linear::forward(&x.to_f32(), &w.floats(), bias.as_deref(), size.m, size.k, size.n))
+    }
+}
+
+/// The op on the tape; its arguments are contiguous.
+struct Taped {
+    frozen: Frozen,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+}
+
+impl CustomOp3 for Taped {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (a, b) = (Floats::of(OP, "a", a, a_layout)?, Floats::of(OP, "b", b, b_layout)?);
+        let values = Floats::of(OP, "x", x, x_layout)?;
+        let mut y = self.frozen.forward(&values, &self.size)?;
+        let lora = Lora::new(values, a, b, self.s, self.dropout, self.size.all());
+        lora.add_delta(&mut y);
+        Ok((storage_of(y, x.dtype()), with_last(x_layout.dims(), self.size.n).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        g: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        fused_lora::tape_gradients(x, a, b, |sink| {
+            backward(x, &self.frozen.w, a, b, None, g, self.s, self.dropout, sink)
+        })
+    }
+}
+
+fn check_inputs(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    dropout: Option<Dropout>,
+) -> Result<Size> {
+    let base = linear::Size::of(OP, x, w, bias)?;
+    let size = Size::of(OP, x, a, b, dropout)?;
+    if base.n != size.n {
+        let (w, b) = (w.dims(), b.dims());
+        return Err(Error::op(OP, format!("w {w:?} does not fit b {b:?}: w must be [{}, {}]", size.n, size.k)));
+    }
+    Ok(size)
+}
