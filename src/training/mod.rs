@@ -1,1 +1,5 @@
 //! training
+
+pub mod lora;
+
+pub use lora::{LoRAConfig, LoRALayer, LoRALinear};
