@@ -1,9 +1,15 @@
 //! Fine-tuning: what is trained, on what data, and the loop.
 
+pub mod adapter;
 pub mod checkpoint;
+pub mod dataset;
+pub mod files;
+pub mod lora;
 pub mod options;
 pub mod params;
 pub mod sampler;
 pub mod schedule;
 pub mod setup;
 pub mod trainer;
+
+pub use lora::{LoRAConfig, LoRALayer, LoRALinear};

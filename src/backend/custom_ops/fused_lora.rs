@@ -168,8 +168,13 @@ impl FusedLoRAOp {
     /// # Errors
     /// When the two do not fit each other in shape, dtype or device.
     pub fn new(lora_a: Tensor, lora_b: Tensor, scaling: f32) -> Result<Self> {
+        Self::with_scaling(lora_a, lora_b, scaling.into())
+    }
+
+    /// [`Self::new`] with the scaling in full precision: alpha / rank need not be a f32.
+    pub(crate) fn with_scaling(lora_a: Tensor, lora_b: Tensor, s: f64) -> Result<Self> {
         check_adapter(OP, &lora_a, &lora_b)?;
-        Ok(Self { a: lora_a.detach().contiguous()?, b: lora_b.detach().contiguous()?, s: scaling.into() })
+        Ok(Self { a: lora_a.detach().contiguous()?, b: lora_b.detach().contiguous()?, s })
     }
 }
 
@@ -296,7 +301,7 @@ impl Size {
 }
 
 /// Checks A against B; `[k, r, n]`.
-fn check_adapter(op: &'static str, a: &Tensor, b: &Tensor) -> Result<[usize; 3]> {
+pub(crate) fn check_adapter(op: &'static str, a: &Tensor, b: &Tensor) -> Result<[usize; 3]> {
     check::float(op, "a", a)?;
     if a.dtype() != b.dtype() {
         return Err(Error::op(op, format!("a has dtype {:?}, but b has {:?}", a.dtype(), b.dtype())));

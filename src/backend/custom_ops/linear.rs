@@ -3,10 +3,11 @@
 //! x `[.., k]`, W `[n, k]`, bias `[n]`, y and g `[.., n]`, each f32, f16 or bf16; y has x's dtype. Sums are f32.
 //! Gradients: `dx += g W`, `dW += gᵀ x`, `dbias += Σ rows of g`. Gradients of parameters are f32; dx is f32 or of x's dtype.
 
-use candle_core::{DType, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::check::{self, with_last};
-use crate::backend::cpu::floats::{Held, tensor_of, update_f32};
+use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of, update_f32};
 use crate::backend::{cpu, fallback};
 use crate::{Error, Result};
 
@@ -106,7 +107,52 @@ pub fn backward(
     Ok(())
 }
 
+/// [`forward`] on Candle's tape: x gets a gradient where it is tracked; W and bias are frozen and get none, even where they
+/// are variables.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let size = Size::of(OP, x, w, bias)?;
+    let (w, bias) = (w.detach(), bias.map(Tensor::detach));
+    if !x.device().is_cpu() {
+        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        return Ok(composite(x, &w, bias.as_ref(), &size)?.reshape(with_last(x.dims(), size.n))?);
+    }
+    let taped = Taped { w: w.contiguous()?, bias: bias.map(|bias| bias.contiguous()).transpose()?, size };
+    Ok(x.contiguous()?.apply_op1(taped)?)
+}
+
+/// The op on the tape; its tensors are contiguous.
+struct Taped {
+    w: Tensor,
+    bias: Option<Tensor>,
+    size: Size,
+}
+
+impl CustomOp1 for Taped {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let bias = self.bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
+        let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
+        let (w, Size { m, k, n }) = (Held::of(OP, "w", &self.w)?, self.size);
+        let values = Floats::of(OP, "x", x, layout)?;
+        let y = cpu::linear::forward(&values.to_f32(), &w.floats(), bias.as_deref(), m, k, n);
+        Ok((storage_of(y, x.dtype()), with_last(layout.dims(), n).into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let dx = x.zeros_like()?;
+        backward(x, &self.w, g, Some(&dx), None, None)?;
+        Ok(Some(dx))
+    }
+}
+
 /// m rows of x, k and n columns of x and y.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Size {
     pub m: usize,
     pub k: usize,

@@ -1,0 +1,95 @@
+//! Weights from safetensors: one file, or shards with an index. Files are mapped, not read, and tensors converted one by one.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+use super::config::{ModelConfig, read_json};
+use crate::{Error, Result};
+
+/// The safetensors files of a model's folder.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let index = folder.join("model.safetensors.index.json");
+    if !index.exists() {
+        let single = folder.join("model.safetensors");
+        return if single.exists() { Ok(vec![single]) } else { Err(Error::file(folder, "has no model.safetensors")) };
+    }
+    let json = read_json(&index)?;
+    let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
+        return Err(Error::file(&index, "has no weight_map"));
+    };
+    let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+    // A name with a path in it could lead out of the folder.
+    let outside: Vec<&str> = names.iter().copied().filter(|name| Path::new(name).file_name() != Some(name.as_ref())).collect();
+    if !outside.is_empty() {
+        return Err(Error::file(&index, format!("names files outside its folder: {}", outside.join(", "))));
+    }
+    let missing: Vec<&str> = names.iter().copied().filter(|name| !folder.join(name).exists()).collect();
+    if !missing.is_empty() {
+        return Err(Error::file(folder, format!("lacks files that its index names: {}", missing.join(", "))));
+    }
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.
+///
+/// # Errors
+/// One error lists every tensor that is missing, has another shape, or is not of this model.
+pub fn load(
+    folder: &Path,
+    config: &ModelConfig,
+    dtype: DType,
+    device: &Device,
+) -> Result<HashMap<String, Tensor>> {
+    let mapped = map(&files(folder)?)?;
+    let mut found: HashMap<String, Vec<usize>> =
+        mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let mut problems = Vec::new();
+    let wanted = config.weight_shapes();
+    for (name, shape) in &wanted {
+        match found.remove(name) {
+            None => problems.push(format!("{name} {shape:?} is missing")),
+            Some(other) if other != *shape => problems.push(format!("{name} is {other:?}, the configuration says {shape:?}")),
+            Some(_) => {}
+        }
+    }
+    // Buffers of old checkpoints, and the copy of a tied embedding that some tools write.
+    found.retain(|name, _| !name.ends_with("rotary_emb.inv_freq") && !(config.tie_word_embeddings && name == "lm_head.weight"));
+    let mut unknown: Vec<String> = found.into_keys().map(|name| format!("{name} is not of this model")).collect();
+    unknown.sort_unstable();
+    problems.extend(unknown);
+    if !problems.is_empty() {
+        const SHOWN: usize = 20;
+        let more = problems.len().saturating_sub(SHOWN);
+        problems.truncate(SHOWN);
+        let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+        return Err(Error::file(folder, format!("its weights do not fit its config.json: {}{more}", problems.join("; "))));
+    }
+    let tensors = wanted.into_iter().map(|(name, _)| {
+        let tensor = mapped.load(&name, device)?;
+        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
+        Ok((name, tensor.to_dtype(dtype)?))
+    });
+    tensors.collect()
+}
+
+/// The dtype of a folder's first weight.
+pub fn dtype(folder: &Path) -> Result<DType> {
+    let mapped = map(&files(folder)?)?;
+    let first = mapped.tensors().into_iter().next();
+    let (_, view) = first.ok_or_else(|| Error::file(folder, "its weights hold no tensor"))?;
+    Ok(view.dtype().try_into()?)
+}
+
+fn map(files: &[PathBuf]) -> Result<MmapedSafetensors> {
+    // SAFETY: the map is read-only and lives for one call; as with every reader of mapped weights, another program must not
+    // shrink the files meanwhile.
+    let mapped = unsafe { MmapedSafetensors::multi(files) };
+    mapped.map_err(|error| {
+        let folder = files.first().and_then(|file| file.parent()).unwrap_or(Path::new(""));
+        Error::file(folder, format!("its safetensors cannot be read: {error}"))
+    })
+}

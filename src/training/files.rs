@@ -1,0 +1,109 @@
+//! Writing so that what is there is whole: beside, fsynced, renamed.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use crate::{Error, Result};
+
+/// Writes a file through `write` beside its place, then renames it there. A crash leaves the old file or the new one.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let folder = parent(path);
+    let mut file = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder).map_err(Error::io(path))?;
+    write(file.as_file_mut())?;
+    file.as_file().sync_all().map_err(Error::io(path))?;
+    file.persist(path).map_err(|error| Error::io(path)(error.error))?;
+    allow_reading(path)?;
+    sync_folder(folder)
+}
+
+/// Fills a folder through `write` beside its place, then renames it there; one that was there is replaced. A crash leaves no
+/// folder of this name that is not whole.
+pub fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let above = parent(path);
+    fs::create_dir_all(above).map_err(Error::io(above))?;
+    let temporary = tempfile::Builder::new().prefix(".writing-").tempdir_in(above).map_err(Error::io(path))?;
+    write(temporary.path())?;
+    for entry in fs::read_dir(temporary.path()).map_err(Error::io(temporary.path()))? {
+        let file = entry.map_err(Error::io(temporary.path()))?.path();
+        File::open(&file).and_then(|file| file.sync_all()).map_err(Error::io(&file))?;
+    }
+    sync_folder(temporary.path())?;
+    if path.exists() {
+        fs::remove_dir_all(path).map_err(Error::io(path))?;
+    }
+    fs::rename(temporary.keep(), path).map_err(Error::io(path))?;
+    sync_folder(above)
+}
+
+/// Removes what writers that were killed left in a folder.
+pub fn remove_leftovers(folder: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(".writing-") {
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(Error::io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Temporary files are private; what replaces a user's file should be as readable as a new file is.
+fn allow_reading(path: &Path) -> Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io(path))?;
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+    Ok(())
+}
+
+/// A rename is on the disk only when its folder is.
+fn sync_folder(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_write_that_fails_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        write_atomically(&path, |file| file.write_all(b"old").map_err(Error::io("a"))).unwrap();
+        let failed = write_atomically(&path, |file| {
+            file.write_all(b"half").map_err(Error::io("a"))?;
+            Err(Error::op("write", "planted"))
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_replaced_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/checkpoint");
+        let fill = |name: &'static str| {
+            move |folder: &Path| fs::write(folder.join(name), name).map_err(Error::io(folder))
+        };
+        replace_folder(&path, fill("one")).unwrap();
+        replace_folder(&path, fill("two")).unwrap();
+        assert!(!path.join("one").exists() && path.join("two").exists());
+        assert!(replace_folder(&path, |_| Err(Error::op("write", "planted"))).is_err());
+        assert!(path.join("two").exists());
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+}
