@@ -1,1 +1,5 @@
-//! inference
+//! Generation.
+
+pub mod cache;
+
+pub use cache::KvCache;

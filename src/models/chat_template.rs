@@ -3,6 +3,8 @@
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file, and it runs on limited fuel.
 
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
@@ -45,8 +47,8 @@ impl ChatTemplate {
     /// Parses a template; `bos` and `eos` are the tokens that it may write.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| failed("cannot be set up", &error))?);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
@@ -68,13 +70,13 @@ impl ChatTemplate {
         add_generation_prompt: bool,
     ) -> Result<String> {
         let template = self.environment.get_template(NAME).map_err(|error| failed("is missing", &error))?;
-        let tools = tools.map_or(Value::from(()), Value::from_serialize);
+        let tools = tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)));
         let values = context! {
-            messages => Value::from_serialize(messages),
+            messages => Value::from(Serde(messages)),
             tools => tools,
             add_generation_prompt => add_generation_prompt,
-            bos_token => self.bos,
-            eos_token => self.eos,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
         };
         template.render(values).map_err(|error| failed("cannot render this conversation", &error))
     }

@@ -104,6 +104,12 @@ impl Linear {
         self.backward_base(x, g, dx)
     }
 
+    /// `(k, n)`: the sizes of its input and output.
+    pub fn sizes(&self) -> (usize, usize) {
+        let dims = self.weight.value.dims();
+        (dims[1], dims[0])
+    }
+
     /// Whether any of its parameters is trained.
     pub fn trained(&self) -> bool {
         let bias = self.bias.as_ref().is_some_and(|bias| bias.grad.is_some());

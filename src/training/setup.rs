@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::adapter::AdapterFile;
-use super::lora::LoRAConfig;
+use super::lora::{LoRAConfig, kaiming_uniform};
 use super::options::TrainerOptions;
 use super::params::Params;
 use crate::models::ModelFiles;
@@ -56,7 +56,7 @@ pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Dev
     for (path, linear) in decoder.linears() {
         let Some(number) = targets.iter().position(|target| *target == path) else { continue };
         let (n, k) = linear.weight.value.dims2()?;
-        initial.push((format!("{path}{A}"), config.initial_a(k, options.seed, number as u64)?));
+        initial.push((format!("{path}{A}"), initial_a(k, config.rank, options.seed, number as u64)?));
         initial.push((format!("{path}{B}"), Tensor::zeros((config.rank, n), DType::F32, &Device::Cpu)?));
     }
     let params = Params::new(&initial, device)?;
@@ -90,6 +90,9 @@ pub(super) fn full(decoder: &mut Decoder, device: &Device) -> Result<Params> {
 pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &AdapterFile) -> Result<()> {
     let mut wrong = Vec::new();
     let scaling = lora_config(options).scaling();
+    if (file.scaling() - scaling).abs() > 1e-6 * scaling {
+        wrong.push(format!("the scaling is {} in the file and {scaling} in this run", file.scaling()));
+    }
     let mut left: BTreeMap<&String, &(Tensor, Tensor)> = file.tensors.iter().collect();
     for (name, Parameter { value, .. }) in params.named()? {
         let Some((path, is_a)) = name.strip_suffix(A).map(|p| (p, true)).or(name.strip_suffix(B).map(|p| (p, false)))
@@ -104,10 +107,6 @@ pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &Adapt
         let source = if is_a { a } else { b };
         if source.shape() != value.shape() {
             wrong.push(format!("{name} is {:?} in the file and {:?} in this run", source.dims(), value.dims()));
-            continue;
-        }
-        if (file.scaling(path) - scaling).abs() > 1e-6 * scaling {
-            wrong.push(format!("{path} has scaling {} in the file and {scaling} in this run", file.scaling(path)));
             continue;
         }
         value.slice_set(&source.to_device(value.device())?.to_dtype(DType::F32)?.contiguous()?, 0, 0)?;
@@ -131,6 +130,12 @@ pub(super) fn adapter_file(params: &Params, options: &TrainerOptions, base: &str
 pub(super) fn save_model(params: &Params, model: &ModelFiles, folder: &Path) -> Result<()> {
     let weights = params.named()?.into_iter().map(|(name, parameter)| (name.to_string(), parameter.value));
     model.save_with_weights(weights.collect(), folder)
+}
+
+/// Each adapter draws from a seed of its own, spread by the golden ratio's bits.
+fn initial_a(k: usize, rank: usize, seed: u64, number: u64) -> Result<Tensor> {
+    let seed = seed.wrapping_add((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    Ok(Tensor::from_vec(kaiming_uniform(k, rank, seed), (k, rank), &Device::Cpu)?)
 }
 
 fn lora_config(options: &TrainerOptions) -> LoRAConfig {

@@ -54,8 +54,8 @@ pub fn parse(line: &[u8]) -> Result<(RowKind, Vec<String>), String> {
     let kind = if map.contains_key("messages") {
         let messages = messages(map.remove("messages").unwrap_or_default(), "messages")?;
         RowKind::Messages { messages, tools: tools(&mut map)?, trained_from: 0 }
-    } else if let (Some(prompt), Some(completion)) = (map.remove("prompt"), map.remove("completion")) {
-        match (prompt, completion) {
+    } else if map.contains_key("prompt") && map.contains_key("completion") {
+        match (map.remove("prompt").unwrap_or_default(), map.remove("completion").unwrap_or_default()) {
             (Value::String(prompt), Value::String(completion)) => RowKind::Pair { prompt, completion },
             (prompt @ Value::Array(_), completion @ Value::Array(_)) => {
                 let mut turns = messages(prompt, "prompt")?;
