@@ -1,0 +1,192 @@
+//! The decoder and the optimizer agree with transformers and PEFT: logits, loss, every gradient, three AdamW steps.
+//!
+//! `tests/fixtures/make.py` wrote what is compared with.
+#![allow(missing_docs)]
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use metal_candle::backend::custom_ops::adamw::AdamW;
+use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
+use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
+use metal_candle::models::linear::{Adapter, DropoutRound};
+use metal_candle::models::{ModelConfig, weights};
+use metal_candle::training::adapter::AdapterFile;
+use metal_candle::training::params::Params;
+
+const MODELS: [&str; 5] = ["llama", "llama_linear", "mistral", "qwen2", "qwen3"];
+const TOLERANCE: f64 = 1e-4;
+
+struct Fixture {
+    folder: PathBuf,
+    json: serde_json::Value,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl Fixture {
+    fn open(name: &str) -> Self {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
+        let json = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
+        Self { folder, json, tensors }
+    }
+
+    fn decoder(&self) -> Decoder {
+        let config = ModelConfig::from_json(&self.folder.join("config.json")).unwrap();
+        let weights = weights::load(&self.folder, &config, DType::F32, &Device::Cpu).unwrap();
+        Decoder::new(&config, weights, &Device::Cpu).unwrap()
+    }
+
+    fn batch(&self) -> Batch {
+        let mut batch = Batch::default();
+        let (rows, labels) = (self.json["rows"].as_array().unwrap(), self.json["labels"].as_array().unwrap());
+        for (row, labels) in rows.iter().zip(labels) {
+            let row: Vec<u32> = row.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+            let labels = labels.as_array().unwrap().iter().map(|id| u32::try_from(id.as_i64().unwrap()).unwrap_or(IGNORE));
+            // transformers keeps the label at the token's own place.
+            batch.targets.extend(labels.skip(1).chain([IGNORE]));
+            batch.lengths.push(row.len());
+            batch.tokens.extend(row);
+        }
+        batch
+    }
+
+    /// The decoder with PEFT's adapter, trainable.
+    fn with_adapter(&self) -> (Decoder, Params) {
+        let file = AdapterFile::load(&self.folder.join("adapter")).unwrap();
+        assert_eq!((file.config.rank, file.config.alpha, file.tensors.len()), (4, 10.0, 14));
+        let initial: Vec<(String, Tensor)> = file
+            .tensors
+            .iter()
+            .flat_map(|(module, (a, b))| {
+                [(format!("{module}.lora_A.weight"), a.clone()), (format!("{module}.lora_B.weight"), b.clone())]
+            })
+            .collect();
+        let params = Params::new(&initial, &Device::Cpu).unwrap();
+        let mut decoder = self.decoder();
+        for (module, pair) in file.tensors.keys().zip(params.named().unwrap().chunks_exact(2)) {
+            let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
+            let adapter = Adapter { a, b, scaling: file.scaling(), dropout: 0.0, number: 0 };
+            decoder.attach(module, Some(adapter)).unwrap();
+        }
+        (decoder, params)
+    }
+}
+
+fn pass(batch: &Batch, checkpointing: Checkpointing) -> TrainPass {
+    let round = DropoutRound { seed: 0, round: 0 };
+    TrainPass { checkpointing, round, scale: 1.0 / batch.counted() as f32 }
+}
+
+/// `max |got - want| / max |want|`.
+fn distance(got: &Tensor, want: &Tensor) -> f64 {
+    assert_eq!(got.dims(), want.dims());
+    let (got, want) = (flat(got), flat(want));
+    let largest = want.iter().fold(0.0f64, |largest, value| largest.max(value.abs() as f64));
+    let difference = got.iter().zip(&want).fold(0.0f64, |worst, (a, b)| worst.max((a - b).abs() as f64));
+    assert!(largest > 0.0 && difference.is_finite());
+    difference / largest
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn close(what: &str, got: f64, want: f64) {
+    assert!((got - want).abs() <= TOLERANCE * want.abs(), "{what}: {got} instead of {want}");
+}
+
+#[test]
+fn logits_gradients_and_three_steps() {
+    for name in MODELS {
+        let fixture = Fixture::open(name);
+        let (decoder, params) = fixture.with_adapter();
+        let batch = fixture.batch();
+        let logits = distance(&decoder.logits(&batch).unwrap(), &fixture.tensors["logits"]);
+        assert!(logits < TOLERANCE, "{name}: logits differ by {logits}");
+
+        let optimizer =
+            AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        let mut worst = 0.0f64;
+        for step in 1..=3 {
+            params.zero_gradients().unwrap();
+            let loss = decoder.loss_and_gradients(&batch, pass(&batch, Checkpointing::None)).unwrap();
+            close(&format!("{name}: loss {step}"), loss.mean(), fixture.json["losses"][step - 1].as_f64().unwrap());
+            close(&format!("{name}: loss alone"), decoder.loss(&batch).unwrap().mean(), loss.mean());
+            if step == 1 {
+                for (tensor, parameter) in params.named().unwrap() {
+                    let want = fixture.tensors[&format!("grad.{tensor}")].t().unwrap();
+                    let error = distance(&parameter.grad.unwrap(), &want);
+                    assert!(error < TOLERANCE, "{name}: the gradient of {tensor} differs by {error}");
+                    worst = worst.max(error);
+                }
+            }
+            params.step(&optimizer, 1.0, step).unwrap();
+        }
+        for (tensor, parameter) in params.named().unwrap() {
+            let want = fixture.tensors[&format!("after.{tensor}")].t().unwrap();
+            let error = distance(&parameter.value, &want);
+            assert!(error < TOLERANCE, "{name}: after three steps {tensor} differs by {error}");
+        }
+        println!("{name}: logits within {logits:.1e}, gradients within {worst:.1e}");
+    }
+}
+
+#[test]
+fn every_weight_gets_its_gradient_in_full_fine_tuning() {
+    for name in MODELS {
+        let fixture = Fixture::open(name);
+        let mut decoder = fixture.decoder();
+        let initial: Vec<(String, Tensor)> =
+            decoder.parameters_mut().into_iter().map(|(name, slot)| (name, slot.value.clone())).collect();
+        let params = Params::new(&initial, &Device::Cpu).unwrap();
+        for ((_, slot), (_, trained)) in decoder.parameters_mut().into_iter().zip(params.named().unwrap()) {
+            *slot = trained;
+        }
+        let batch = fixture.batch();
+        let loss = decoder.loss_and_gradients(&batch, pass(&batch, Checkpointing::EveryBlock)).unwrap();
+        close(name, loss.mean(), fixture.json["full_loss"].as_f64().unwrap());
+        for (tensor, parameter) in params.named().unwrap() {
+            let want = &fixture.tensors[&format!("full.{tensor}")];
+            let got = parameter.grad.unwrap();
+            // The softmax cancels a bias that all keys share, but for the rotation: its gradient is small, compared as it is.
+            let error = distance(&got, want);
+            assert!(error < TOLERANCE, "{name}: the gradient of {tensor} differs by {error}");
+        }
+    }
+}
+
+#[test]
+fn checkpointing_gives_the_same_bits() {
+    for name in MODELS {
+        let fixture = Fixture::open(name);
+        let (decoder, params) = fixture.with_adapter();
+        let batch = fixture.batch();
+        let gradients = |checkpointing| {
+            params.zero_gradients().unwrap();
+            decoder.loss_and_gradients(&batch, pass(&batch, checkpointing)).unwrap();
+            params.named().unwrap().iter().map(|(_, p)| flat(p.grad.as_ref().unwrap())).collect::<Vec<_>>()
+        };
+        assert_eq!(gradients(Checkpointing::None), gradients(Checkpointing::EveryBlock), "{name}");
+    }
+}
+
+#[test]
+fn a_cache_gives_the_same_logits() {
+    for name in MODELS {
+        let fixture = Fixture::open(name);
+        let (decoder, _) = fixture.with_adapter();
+        let batch = fixture.batch();
+        let mut cache = metal_candle::inference::KvCache::new(&decoder.config, DType::F32, &Device::Cpu).unwrap();
+        let length = batch.lengths[0];
+        let mut done = 0;
+        for count in [3, 1, 1, length - 5] {
+            let got = decoder.forward_cached(&batch.tokens[done..done + count], &mut cache).unwrap();
+            done += count;
+            let want = fixture.tensors["logits"].get(done - 1).unwrap();
+            let error = distance(&got, &want);
+            assert!(error < TOLERANCE, "{name}: logits after {done} tokens differ by {error}");
+        }
+    }
+}
