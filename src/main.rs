@@ -1,1 +1,9 @@
-fn main() {}
+//! The program: fine-tunes language models with LoRA and runs them.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}
