@@ -1,5 +1,9 @@
-//! Generation.
+//! Generation: the key-value cache, how tokens are chosen, and the loop.
 
 pub mod cache;
+pub mod generator;
+pub mod sampling;
 
 pub use cache::KvCache;
+pub use generator::{End, GenerateOptions, Generation, Generator};
+pub use sampling::Sampling;
