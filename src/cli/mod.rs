@@ -1,9 +1,14 @@
 //! The command line: one file a subcommand.
 
+mod chat;
 mod demo;
 mod device;
 mod display;
+mod eval;
+mod generate;
+mod info;
 mod metrics;
+mod model;
 mod plot;
 mod settings;
 mod train;
@@ -26,6 +31,14 @@ struct Cli {
 enum Command {
     /// Fine-tune a model; without arguments, the one that ships with the program
     Train(Box<train::Train>),
+    /// Answer a prompt
+    Generate(Box<generate::Generate>),
+    /// Talk with a model
+    Chat(Box<chat::Chat>),
+    /// Measure a model on data: loss, perplexity, exact match
+    Eval(Box<eval::Eval>),
+    /// Tell what this program can do here, and what a model or an adapter is
+    Info(info::Info),
 }
 
 /// What a subcommand returns; the error is printed once by [`run`].
@@ -42,6 +55,10 @@ pub fn run() -> ExitCode {
         .init();
     let outcome = match Cli::parse().command {
         Command::Train(args) => args.run(),
+        Command::Generate(args) => args.run(),
+        Command::Chat(args) => args.run(),
+        Command::Eval(args) => args.run(),
+        Command::Info(args) => args.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod generator;
 pub mod sampling;
+pub mod score;
 
 pub use cache::KvCache;
 pub use generator::{End, GenerateOptions, Generation, Generator};
