@@ -157,21 +157,8 @@ fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, ou
 fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let (year, month, day) = civil_from_days((seconds / 86_400) as i64);
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    let name = MONTHS[month - 1];
+    const MONTHS: &str = "January February March April May June July August September October November December";
+    let name = MONTHS.split(' ').nth(month - 1).unwrap_or_default();
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(char) = chars.next() {

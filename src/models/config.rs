@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::{Error, Result};
 
 /// How rotary frequencies are changed for longer contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -32,6 +32,8 @@ pub enum RopeScaling {
         /// The context that the model was first trained with.
         original_max_position_embeddings: usize,
     },
+    /// Each frequency divided by a number of its own, as GGUF files state Llama 3.1's scaling.
+    Divisors(Vec<f32>),
 }
 
 /// The sizes and variants of a model.
@@ -85,60 +87,16 @@ pub struct ModelConfig {
 const LARGEST: usize = 1 << 28;
 
 /// Keys that have no bearing on the forward pass as it is built here, or that are read elsewhere.
-const HARMLESS: &[&str] = &[
-    "architectures",
-    "model_type",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "initializer_range",
-    "attention_dropout",
-    "pretraining_tp",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "unk_token_id",
-    "_name_or_path",
-    "name_or_path",
-    "is_llama_config",
-    "rope_interleaved",
-    "transformers.js_config",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
-    "id2label",
-    "label2id",
-    "task_specific_params",
-    "problem_type",
-    "finetuning_task",
-    "is_encoder_decoder",
-    "add_cross_attention",
-    "tie_encoder_decoder",
-    "max_window_layers",
-    "_attn_implementation",
-    "auto_map",
-    "use_return_dict",
-    "max_length",
-    "temperature",
-    "top_p",
-    "do_sample",
-    "layer_types",
-    "use_sliding_window",
-    "cross_attention_hidden_size",
-    "gradient_checkpointing",
-    "unsloth_version",
-    "unsloth_fixed",
-    "sep_token_id",
-    "decoder_start_token_id",
-    "is_decoder",
-    "attn_implementation",
-    "hidden_dropout",
-    "bad_words_ids",
-    "torchscript",
-    "quantization_config_backup",
-];
+const HARMLESS: &str = "\
+    architectures model_type torch_dtype dtype transformers_version use_cache initializer_range \
+    attention_dropout pretraining_tp pad_token_id bos_token_id eos_token_id unk_token_id _name_or_path \
+    name_or_path is_llama_config rope_interleaved transformers.js_config return_dict output_attentions \
+    output_hidden_states chunk_size_feed_forward id2label label2id task_specific_params problem_type \
+    finetuning_task is_encoder_decoder add_cross_attention tie_encoder_decoder max_window_layers \
+    _attn_implementation auto_map use_return_dict max_length temperature top_p do_sample layer_types \
+    use_sliding_window cross_attention_hidden_size gradient_checkpointing unsloth_version unsloth_fixed \
+    sep_token_id decoder_start_token_id is_decoder attn_implementation hidden_dropout bad_words_ids \
+    torchscript quantization_config_backup";
 
 struct Reader<'a> {
     map: &'a Map<String, Value>,
@@ -260,7 +218,7 @@ impl ModelConfig {
             let problem = format!("hidden_act is {act}; only silu is known");
             reader.problems.push(problem);
         }
-        if num_heads % num_kv_heads != 0 {
+        if !num_heads.is_multiple_of(num_kv_heads) {
             let problem = format!("{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly");
             reader.problems.push(problem);
         }
@@ -274,7 +232,11 @@ impl ModelConfig {
             let advice = "take the model's unquantized files or a GGUF file";
             reader.problems.push(format!("quantization_config is set, and such weights are not read; {advice}"));
         }
-        let known = |key: &str| reader.read.contains(&key) || HARMLESS.contains(&key) || key == "quantization_config";
+        let known = |key: &str| {
+            reader.read.contains(&key)
+                || HARMLESS.split_whitespace().any(|harmless| harmless == key)
+                || key == "quantization_config"
+        };
         let idle = |value: &Value| {
             value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty)
         };
@@ -292,9 +254,10 @@ impl ModelConfig {
     pub fn inv_freq(&self) -> Vec<f32> {
         let base = self.rope_theta;
         let plain = (0..self.head_dim / 2).map(|i| 1.0 / base.powf(2.0 * i as f64 / self.head_dim as f64));
-        let scaled = plain.map(|frequency| match self.rope_scaling {
+        let scaled = plain.enumerate().map(|(i, frequency)| match self.rope_scaling {
             RopeScaling::None => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Divisors(ref divisors) => frequency / divisors.get(i).map_or(1.0, |&divisor| divisor as f64),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let (context, wavelength) = (original_max_position_embeddings as f64, 2.0 * PI / frequency);
                 if wavelength < context / high_freq_factor {

@@ -4,6 +4,7 @@ pub mod block;
 pub mod chat_template;
 pub mod config;
 pub mod decoder;
+pub mod gguf;
 pub mod linear;
 pub mod tokenizer;
 pub mod weights;
@@ -35,16 +36,27 @@ pub struct ModelFiles {
 #[derive(Debug)]
 enum Source {
     Folder(PathBuf),
+    Gguf(PathBuf),
 }
 
 /// What a folder may hold of the tokenizer; copied beside weights that are saved.
 const TOKENIZER_FILES: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
+const NOT_SAVED: &str = "a model from a GGUF file is not written out again; train an adapter on it, or take the folder with the \
+                         safetensors that it was made from";
+
 impl ModelFiles {
-    /// Opens a folder in Hugging Face's layout.
+    /// Opens a folder in Hugging Face's layout, or a GGUF file.
     pub fn open(name: &str) -> Result<Self> {
         let path = Path::new(name);
+        if path.is_file() {
+            if !gguf::is_gguf(path)? {
+                return Err(Error::file(path, "is not a GGUF file; a model is one, or a folder with config.json"));
+            }
+            let (config, tokenizer) = gguf::open(path)?;
+            return Self::checked(name, config, tokenizer, Source::Gguf(path.to_path_buf()));
+        }
         if !path.is_dir() {
             return Err(Error::file(path, "is not a folder with a model"));
         }
@@ -60,6 +72,7 @@ impl ModelFiles {
     pub fn weights(&self, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
         match &self.source {
             Source::Folder(folder) => weights::load(folder, &self.config, dtype, device),
+            Source::Gguf(file) => gguf::load(file, &self.config, dtype, device),
         }
     }
 
@@ -67,13 +80,17 @@ impl ModelFiles {
     pub fn check_can_save(&self) -> Result<()> {
         match &self.source {
             Source::Folder(_) => Ok(()),
+            Source::Gguf(file) => Err(Error::file(file, NOT_SAVED)),
         }
     }
 
     /// Writes a folder with these weights in the dtype of this model's own, its configuration and tokenizer. Each file is
     /// written beside and renamed.
     pub fn save_with_weights(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
-        let Source::Folder(source) = &self.source;
+        let source = match &self.source {
+            Source::Folder(source) => source,
+            Source::Gguf(file) => return Err(Error::file(file, NOT_SAVED)),
+        };
         let dtype = weights::dtype(source)?;
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let cast =

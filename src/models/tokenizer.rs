@@ -9,6 +9,9 @@ use super::chat_template::{ChatTemplate, Message};
 use super::config::read_json;
 use crate::{Error, Result};
 
+/// Where a token begins and ends in a text, in bytes.
+pub type Span = (usize, usize);
+
 /// A model's tokenizer.
 #[derive(Debug, Clone)]
 pub struct TextTokenizer {
@@ -82,7 +85,7 @@ impl TextTokenizer {
     }
 
     /// [`TextTokenizer::encode`] with the range of the text's bytes that each token covers.
-    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<Span>)> {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(text_error)?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }

@@ -41,12 +41,33 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// One error lists every tensor that is missing, has another shape, or is not of this model.
 pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
     let mapped = map(&files(folder)?)?;
-    let mut found: HashMap<String, Vec<usize>> =
-        mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let found = mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
+        let tensor = mapped.load(&name, device)?;
+        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
+        Ok((name, tensor.to_dtype(dtype)?))
+    });
+    tensors.collect()
+}
+
+/// The names of [`ModelConfig::weight_shapes`], if exactly these tensors are found. `file_name` says how a file calls one.
+pub(super) fn check(
+    path: &Path,
+    config: &ModelConfig,
+    mut found: HashMap<String, Vec<usize>>,
+    file_name: impl Fn(&str) -> String,
+) -> Result<Vec<String>> {
+    // A block has more tensors than one: a configuration from a broken file is not followed into memory.
+    if config.num_layers > found.len() {
+        let problem =
+            format!("has {} tensors, too few for the {} layers of its configuration", found.len(), config.num_layers);
+        return Err(Error::file(path, problem));
+    }
     let mut problems = Vec::new();
     let wanted = config.weight_shapes();
     for (name, shape) in &wanted {
-        match found.remove(name) {
+        let name = file_name(name);
+        match found.remove(&name) {
             None => problems.push(format!("{name} {shape:?} is missing")),
             Some(other) if other != *shape => {
                 problems.push(format!("{name} is {other:?}, the configuration says {shape:?}"))
@@ -55,9 +76,9 @@ pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) 
         }
     }
     // Buffers of old checkpoints, and the copy of a tied embedding that some tools write.
-    found.retain(|name, _| {
-        !name.ends_with("rotary_emb.inv_freq") && !(config.tie_word_embeddings && name == "lm_head.weight")
-    });
+    let passed =
+        |name: &str| name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight");
+    found.retain(|name, _| !passed(name));
     let mut unknown: Vec<String> = found.into_keys().map(|name| format!("{name} is not of this model")).collect();
     unknown.sort_unstable();
     problems.extend(unknown);
@@ -67,16 +88,11 @@ pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) 
         problems.truncate(SHOWN);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
         return Err(Error::file(
-            folder,
-            format!("its weights do not fit its config.json: {}{more}", problems.join("; ")),
+            path,
+            format!("its weights do not fit its configuration: {}{more}", problems.join("; ")),
         ));
     }
-    let tensors = wanted.into_iter().map(|(name, _)| {
-        let tensor = mapped.load(&name, device)?;
-        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
-        Ok((name, tensor.to_dtype(dtype)?))
-    });
-    tensors.collect()
+    Ok(wanted.into_iter().map(|(name, _)| name).collect())
 }
 
 /// The dtype of a folder's first weight.
