@@ -43,7 +43,9 @@ impl Setup {
         let model = ModelFiles::open(path.to_str().unwrap()).unwrap();
 
         let rows = folder.path().join("train.jsonl");
-        let row = |i: usize| format!("{{\"prompt\": \"row {i}{} of\", \"completion\": \"value {}\"}}\n", " and".repeat(i % 5), i * i);
+        let row = |i: usize| {
+            format!("{{\"prompt\": \"row {i}{} of\", \"completion\": \"value {}\"}}\n", " and".repeat(i % 5), i * i)
+        };
         fs::write(&rows, (0..12).map(row).collect::<String>()).unwrap();
         let options = DatasetOptions { max_seq_length: 64, mask_prompt: true };
         let data = Dataset::load(&[rows], &model.tokenizer, &options).unwrap();
@@ -56,8 +58,7 @@ impl Setup {
 
     fn train(&self, name: &str, options: TrainerOptions) -> metal_candle::Result<Summary> {
         let path = self.adapter(name);
-        let mut trainer =
-            Trainer::new(&self.model, &self.data, None, options, &path, From::Scratch, &Device::Cpu)?;
+        let mut trainer = Trainer::new(&self.model, &self.data, None, options, &path, From::Scratch, &Device::Cpu)?;
         trainer.run(&mut |_| ControlFlow::Continue(()))
     }
 
@@ -197,7 +198,8 @@ fn a_run_that_was_something_else_is_not_continued() {
 fn a_run_can_be_stopped_and_started_from_an_adapter() {
     let setup = Setup::new();
     let path = setup.adapter("stopped");
-    let start = |from, path: &Path| Trainer::new(&setup.model, &setup.data, None, options(), path, from, &Device::Cpu).unwrap();
+    let start =
+        |from, path: &Path| Trainer::new(&setup.model, &setup.data, None, options(), path, from, &Device::Cpu).unwrap();
     let summary = start(From::Scratch, &path).run(&mut |event| match event {
         Event::Step { step: 2, .. } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),

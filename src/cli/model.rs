@@ -55,19 +55,19 @@ pub struct SamplingArgs {
     #[arg(short, long, value_name = "N", default_value_t = 100, help_heading = "Generation")]
     pub max_tokens: usize,
     /// Divides the logits; 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, default_value_t = 0.0, help_heading = "Generation")]
     temp: f64,
     /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Generation")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 1.0, help_heading = "Generation")]
     top_p: f64,
     /// Draw from this many of the likeliest tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
     top_k: usize,
     /// Leave out tokens under this share of the likeliest one's probability
-    #[arg(long, value_name = "P", default_value_t = 0.0, help_heading = "Generation")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = "Generation")]
     min_p: f64,
     /// Divides the logits of tokens that were seen; 1 for no penalty
-    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Generation")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 1.0, help_heading = "Generation")]
     repetition_penalty: f64,
     /// Seeds the draws
     #[arg(long, default_value_t = 0, help_heading = "Generation")]

@@ -165,7 +165,7 @@ fn from_mlx(path: &Path, mut read: Map<String, Value>) -> Result<Map<String, Val
 /// The known key with the fewest edits to this one, if they are few.
 fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a String> {
     let best = known.map(|name| (edits(&key.replace('-', "_"), name), name)).min()?;
-    (best.0 <= key.len() / 3).then_some(best.1)
+    (best.0 <= (key.len() / 3).max(2)).then_some(best.1)
 }
 
 /// Levenshtein's distance.
