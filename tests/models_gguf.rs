@@ -71,7 +71,12 @@ fn stored_values_are_dequantized_as_the_gguf_package_does_it() {
         for (name, want) in &want {
             assert_eq!(got[name].dtype(), dtype);
             let want = common::f64s(&want.to_dtype(dtype).unwrap());
-            common::assert_within(name, &got[name], &want, if dtype == DType::F32 { 1e-6 } else { common::tolerance(dtype) });
+            common::assert_within(
+                name,
+                &got[name],
+                &want,
+                if dtype == DType::F32 { 1e-6 } else { common::tolerance(dtype) },
+            );
         }
     }
 }
@@ -89,7 +94,9 @@ fn tokenizers_agree_with_llama_cpp_and_the_models_own() {
                 let (text, want) = (text.as_str().unwrap(), ids(want));
                 let got = model.tokenizer.encode(text, peer.contains("special added")).unwrap();
                 if got != want {
-                    let show = |ids: &[u32]| ids.iter().map(|&id| model.tokenizer.decode(&[id], false).unwrap()).collect::<Vec<_>>();
+                    let show = |ids: &[u32]| {
+                        ids.iter().map(|&id| model.tokenizer.decode(&[id], false).unwrap()).collect::<Vec<_>>()
+                    };
                     wrong.push(format!("{kind}, {peer}: {text:?}\n  ours {:?}\n  peer {:?}", show(&got), show(&want)));
                 }
                 compared += 1;
@@ -169,6 +176,9 @@ fn smollm2_tokenizes_renders_and_answers_as_llama_cpp_and_transformers_do() {
 }
 
 fn best(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().fold((0, f32::MIN), |best, (id, &logit)| if logit > best.1 { (id, logit) } else { best });
+    let best = logits
+        .iter()
+        .enumerate()
+        .fold((0, f32::MIN), |best, (id, &logit)| if logit > best.1 { (id, logit) } else { best });
     best.0 as u32
 }
