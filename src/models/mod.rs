@@ -5,6 +5,7 @@ pub mod chat_template;
 pub mod config;
 pub mod decoder;
 pub mod gguf;
+pub mod hub;
 pub mod linear;
 pub mod tokenizer;
 pub mod weights;
@@ -17,6 +18,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use chat_template::Message;
 pub use config::{ModelConfig, RopeScaling};
+pub use hub::Hub;
 pub use tokenizer::TextTokenizer;
 
 use crate::{Error, Result};
@@ -47,7 +49,8 @@ const NOT_SAVED: &str = "a model from a GGUF file is not written out again; trai
                          safetensors that it was made from";
 
 impl ModelFiles {
-    /// Opens a folder in Hugging Face's layout, or a GGUF file.
+    /// Opens a folder in Hugging Face's layout, a GGUF file, or a model of the hub by its name (`owner/name` or
+    /// `owner/name@revision`), as the environment says ([`Hub::from_env`]).
     pub fn open(name: &str) -> Result<Self> {
         let path = Path::new(name);
         if path.is_file() {
@@ -57,12 +60,31 @@ impl ModelFiles {
             let (config, tokenizer) = gguf::open(path)?;
             return Self::checked(name, config, tokenizer, Source::Gguf(path.to_path_buf()));
         }
-        if !path.is_dir() {
-            return Err(Error::file(path, "is not a folder with a model"));
+        if path.is_dir() {
+            return Self::from_folder(name, path);
         }
-        let config = ModelConfig::from_json(&path.join("config.json"))?;
-        let tokenizer = TextTokenizer::from_folder(path, &config.eos_token_ids)?;
-        Self::checked(name, config, tokenizer, Source::Folder(path.to_path_buf()))
+        if hub::is_name(name) {
+            return Self::from_hub(name, &Hub::from_env()?);
+        }
+        Err(Error::file(path, "is not there; a model is a folder, a GGUF file, or owner/name on the hub"))
+    }
+
+    /// Opens a model of the hub, downloading what is not in the cache.
+    pub fn from_hub(name: &str, hub: &Hub) -> Result<Self> {
+        Self::from_folder(name, &hub.fetch(name)?)
+    }
+
+    fn from_folder(name: &str, folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        if !path.exists() {
+            let files = fs::read_dir(folder).map_err(Error::io(folder))?.flatten();
+            let gguf = files.map(|file| file.path()).find(|path| path.extension().is_some_and(|end| end == "gguf"));
+            let advice = gguf.map(|file| format!("; give the file {} itself", file.display())).unwrap_or_default();
+            return Err(Error::file(folder, format!("has no config.json{advice}")));
+        }
+        let config = ModelConfig::from_json(&path)?;
+        let tokenizer = TextTokenizer::from_folder(folder, &config.eos_token_ids)?;
+        Self::checked(name, config, tokenizer, Source::Folder(folder.to_path_buf()))
     }
 
     /// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.

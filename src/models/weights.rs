@@ -17,22 +17,29 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         let single = folder.join("model.safetensors");
         return if single.exists() { Ok(vec![single]) } else { Err(Error::file(folder, "has no model.safetensors")) };
     }
-    let json = read_json(&index)?;
-    let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
-        return Err(Error::file(&index, "has no weight_map"));
-    };
-    let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
-    // A name with a path in it could lead out of the folder.
-    let outside: Vec<&str> =
-        names.iter().copied().filter(|name| Path::new(name).file_name() != Some(name.as_ref())).collect();
-    if !outside.is_empty() {
-        return Err(Error::file(&index, format!("names files outside its folder: {}", outside.join(", "))));
-    }
-    let missing: Vec<&str> = names.iter().copied().filter(|name| !folder.join(name).exists()).collect();
+    let names = shards(&index)?;
+    let missing: Vec<&str> = names.iter().map(String::as_str).filter(|name| !folder.join(name).exists()).collect();
     if !missing.is_empty() {
         return Err(Error::file(folder, format!("lacks files that its index names: {}", missing.join(", "))));
     }
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// The names of the files that an index lists; all lie beside it.
+pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let json = read_json(index)?;
+    let names = json.get("weight_map").and_then(Value::as_object).and_then(|map| {
+        let names = map.values().map(|name| name.as_str().map(str::to_string));
+        names.collect::<Option<BTreeSet<String>>>()
+    });
+    let names = names.ok_or_else(|| Error::file(index, "has no weight_map from tensors to files"))?;
+    // A name with a path in it could lead out of the folder.
+    let outside = |name: &&String| Path::new(name).file_name() != Some(name.as_ref());
+    let outside: Vec<&str> = names.iter().filter(outside).map(String::as_str).collect();
+    if !outside.is_empty() {
+        return Err(Error::file(index, format!("names files outside its folder: {}", outside.join(", "))));
+    }
+    Ok(names)
 }
 
 /// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.
