@@ -209,8 +209,12 @@ fn check_attention(sequences: &[Sequence], heads: Heads, window: Option<usize>, 
     let (got_dq, got_dk, got_dv) = attention::backward(&q, &k, &v, &o, &lse, &offset(&g), args).unwrap();
     for (name, got, want) in [("dq", &got_dq, &dq), ("dk", &got_dk, &dk), ("dv", &got_dv, &dv)] {
         assert_eq!(got.dtype(), dtype);
+        // Values under 0.05 are judged as if they were: a window of 1 makes dq and dk 0 but for rounding.
+        let with_floor = |values: &[f64]| [values, &[0.05]].concat();
+        let error = relative_error(&with_floor(&f64s(got)), &with_floor(want));
         // δ comes from the rounded o: one rounding more than the table counts.
-        assert_within(&format!("{what}: {name}"), got, want, 2.0 * tolerance(dtype));
+        let limit = 2.0 * tolerance(dtype);
+        assert!(error <= limit, "{what}: {name} has a relative error of {error:.3e}, over {limit:.1e}");
     }
 
     let (q_var, k_var, v_var) = (var(&q), var(&k), var(&v));

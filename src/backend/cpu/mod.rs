@@ -16,6 +16,7 @@ pub mod gemm;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod skinny;
 pub mod swiglu;
 
 use std::marker::PhantomData;
@@ -104,8 +105,14 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
             (self.0)()
         }
     }
+    arch().dispatch(Call(f))
+}
+
+/// The vector instructions of this processor, for kernels that are written with `pulp`'s vectors.
+#[inline(always)]
+fn arch() -> pulp::Arch {
     static ARCH: std::sync::LazyLock<pulp::Arch> = std::sync::LazyLock::new(pulp::Arch::new);
-    ARCH.dispatch(Call(f))
+    *ARCH
 }
 
 /// The elements of a contiguous CPU tensor, read-locked.
