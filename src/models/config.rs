@@ -90,13 +90,25 @@ const LARGEST: usize = 1 << 28;
 const HARMLESS: &str = "\
     architectures model_type torch_dtype dtype transformers_version use_cache initializer_range \
     attention_dropout pretraining_tp pad_token_id bos_token_id eos_token_id unk_token_id _name_or_path \
-    name_or_path is_llama_config rope_interleaved transformers.js_config return_dict output_attentions \
+    name_or_path is_llama_config transformers.js_config return_dict output_attentions \
     output_hidden_states chunk_size_feed_forward id2label label2id task_specific_params problem_type \
-    finetuning_task is_encoder_decoder add_cross_attention tie_encoder_decoder max_window_layers \
+    finetuning_task max_window_layers \
     _attn_implementation auto_map use_return_dict max_length temperature top_p do_sample layer_types \
     use_sliding_window cross_attention_hidden_size gradient_checkpointing unsloth_version unsloth_fixed \
     sep_token_id decoder_start_token_id is_decoder attn_implementation hidden_dropout bad_words_ids \
     torchscript quantization_config_backup";
+
+/// What an object of rotary scaling may hold.
+const ROPE_KEYS: [&str; 8] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+];
 
 struct Reader<'a> {
     map: &'a Map<String, Value>,
@@ -314,7 +326,14 @@ impl ModelConfig {
     fn read_rope(&mut self, reader: &mut Reader) {
         let new = reader.value("rope_parameters").cloned();
         let old = reader.value("rope_scaling").cloned();
-        let Some(Value::Object(map)) = new.or(old) else { return };
+        let map = match new.or(old) {
+            None => return,
+            Some(Value::Object(map)) => map,
+            Some(other) => {
+                reader.problems.push(format!("the rotary scaling is {other}; it must be an object"));
+                return;
+            }
+        };
         let number = |key: &str| map.get(key).and_then(Value::as_f64).filter(|number| *number > 0.0);
         if let Some(theta) = number("rope_theta") {
             self.rope_theta = theta;
@@ -345,12 +364,26 @@ impl ModelConfig {
         if number("partial_rotary_factor").is_some_and(|factor| factor != 1.0) {
             reader.problems.push("partial_rotary_factor is set; only whole heads are rotated here".to_string());
         }
+        let strange: Vec<&str> = map.keys().map(String::as_str).filter(|key| !ROPE_KEYS.contains(key)).collect();
+        if !strange.is_empty() {
+            reader.problems.push(format!("not understood of the rotary scaling: {}", strange.join(", ")));
+        }
     }
 
     /// Mistral has the window in all layers; Qwen2 and Qwen3 have it from `max_window_layers` on when `use_sliding_window`
     /// says so. `layer_types` states the same layer by layer and must agree with such a split.
     fn read_window(&mut self, reader: &mut Reader, windows: bool) {
-        let window = reader.value("sliding_window").and_then(Value::as_u64).map(|window| window as usize);
+        let window = reader.value("sliding_window").map(|window| (window.as_u64(), window.to_string()));
+        if let Some((None, text)) = &window {
+            reader.problems.push(format!("sliding_window is {text}; it must be a whole number"));
+        }
+        let window = window.and_then(|(window, _)| usize::try_from(window?).ok());
+        let kinds = reader.map.get("layer_types").and_then(Value::as_array);
+        let unknown =
+            |kind: &&Value| !["full_attention", "sliding_attention"].contains(&kind.as_str().unwrap_or_default());
+        if let Some(kind) = kinds.and_then(|kinds| kinds.iter().find(unknown)) {
+            reader.problems.push(format!("layer_types has {kind}; full_attention and sliding_attention are known"));
+        }
         let (map, qwen) = (reader.map, self.model_type.starts_with("qwen"));
         let used = !qwen || map.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(false);
         let Some(window) = window.filter(|_| used) else { return };

@@ -39,7 +39,10 @@ impl TextTokenizer {
         if !path.exists() {
             return Err(Error::file(folder, "has no tokenizer.json"));
         }
-        let inner = Tokenizer::from_file(&path).map_err(|error| Error::file(&path, error.to_string()))?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        // tokenizers 0.23 panics on JSON that is broken within its decoder.
+        serde_json::from_slice::<Value>(&bytes).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+        let inner = Tokenizer::from_bytes(bytes).map_err(|error| Error::file(&path, error.to_string()))?;
         let mut special = SpecialTokens::default();
         let config = folder.join("tokenizer_config.json");
         if config.exists() {
