@@ -15,8 +15,10 @@ use crate::backend::dropout::Dropout;
 
 /// Multiplications of a task: a few microseconds' work.
 const TASK: usize = 1 << 17;
-/// Elements of dA and dB that all tiles of backward hold together, but at least four tiles' (8 MiB).
+/// Elements of dA and dB that all tiles of backward hold together (8 MiB), but at least four tiles'.
 const SHARES: usize = 1 << 21;
+/// The least rows of a tile in backward: adding up the shares of smaller ones takes longer than making them.
+const BACKWARD_ROWS: usize = 64;
 
 /// One call's inputs: x `[m, k]`, A `[k, r]`, B `[r, n]`.
 pub struct Lora<'a> {
@@ -86,8 +88,8 @@ impl<'a> Lora<'a> {
     pub fn gradients(&self, g: &Floats, h: Option<&[f32]>, wanted: Wanted) -> (Option<Vec<f32>>, Option<Vec<f32>>) {
         let Self { m, k, r, n, .. } = *self;
         let Wanted { dx, da: want_da, db: want_db } = wanted;
-        let most = (SHARES / ((k + n) * r)).clamp(4, 64);
-        let rows = m.div_ceil(most).max(self.rows());
+        let most = (SHARES / ((k + n) * r)).clamp(4, 32);
+        let rows = m.div_ceil(most).next_multiple_of(8).max(BACKWARD_ROWS);
         let a = if want_db && h.is_none() { Some(self.packed_a()) } else { None };
         let (bt, at) = if want_da || dx.is_some() {
             (Some(Packed::new(n, r, |j, q| self.sb[q * n + j])), transposed(&self.a, k, r))

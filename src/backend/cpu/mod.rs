@@ -24,7 +24,7 @@ use std::ops::{Deref, Range};
 use std::sync::Mutex;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
 
 use crate::{Error, Result};
@@ -93,6 +93,28 @@ impl Element for bf16 {
     }
 }
 
+/// Evaluates an expression of type `Result` with `$T` standing for the element type of `$dtype`: f32, f16 or bf16.
+macro_rules! by_dtype {
+    ($op:expr, $name:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other => Err($crate::Error::op($op, format!("{} has dtype {other:?}; f32, f16 and bf16 are taken", $name))),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
 /// Runs `f` with the widest vector instructions of this processor. `f` and what it calls must be `#[inline(always)]`
 /// to be compiled for them.
 #[inline(always)]
@@ -113,6 +135,11 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
 fn arch() -> pulp::Arch {
     static ARCH: std::sync::LazyLock<pulp::Arch> = std::sync::LazyLock::new(pulp::Arch::new);
     *ARCH
+}
+
+/// A CPU tensor from the elements that a kernel wrote.
+pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(elements, shape.into(), &Device::Cpu)?)
 }
 
 /// The elements of a contiguous CPU tensor, read-locked.

@@ -12,8 +12,8 @@ use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{dims3, expect_dtype, on_cpu, record};
+use super::check::{dims3, expect_dtype, on_cpu, shape};
+use super::tape::record;
 use crate::backend::cpu::attention::Sizes;
 use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::{self, view};

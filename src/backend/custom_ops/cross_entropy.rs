@@ -9,8 +9,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{dims2, expect_dtype, on_cpu, record};
+use super::check::{dims2, expect_dtype, on_cpu, shape};
+use super::tape::record;
 use crate::backend::cpu::cross_entropy::Problem;
 use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::update;
