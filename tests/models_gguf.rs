@@ -122,6 +122,111 @@ fn text_survives_the_tokenizer() {
     }
 }
 
+/// A fixture's bytes with more pairs of keys and values (a kind's number, then its bytes) put before its own.
+fn with_pairs(name: &str, pairs: &[(&str, u32, &[u8])]) -> Vec<u8> {
+    let text = |text: &[u8]| [&(text.len() as u64).to_le_bytes()[..], text].concat();
+    let mut added: Vec<u8> = Vec::new();
+    for (key, kind, value) in pairs {
+        added.extend(text(key.as_bytes()));
+        added.extend(kind.to_le_bytes());
+        added.extend(if *kind == STRING { text(value) } else { value.to_vec() });
+    }
+    // The tensors' data is aligned to 32 bytes: a last pair fills up.
+    let filler = "general.filler";
+    let fill = (added.len() + 8 + filler.len() + 4 + 8).next_multiple_of(32) - (added.len() + 8 + filler.len() + 4 + 8);
+    added.extend(text(filler.as_bytes()));
+    added.extend(STRING.to_le_bytes());
+    added.extend(text(&vec![b'x'; fill]));
+    let mut file = std::fs::read(fixtures().join("gguf").join(name)).unwrap();
+    let count = u64::from_le_bytes(file[16..24].try_into().unwrap()) + pairs.len() as u64 + 1;
+    file[16..24].copy_from_slice(&count.to_le_bytes());
+    file.splice(24..24, added);
+    file
+}
+
+const U32: u32 = 4;
+const F32: u32 = 6;
+const BOOL: u32 = 7;
+const STRING: u32 = 8;
+
+fn open_bytes(bytes: &[u8]) -> metal_candle::Result<ModelFiles> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    let model = ModelFiles::open(file.path().to_str().unwrap())?;
+    model.weights(DType::F32, &Device::Cpu)?;
+    Ok(model)
+}
+
+#[track_caller]
+fn refused(bytes: &[u8], parts: &[&str]) {
+    let Err(error) = open_bytes(bytes) else { panic!("taken, though it should be refused for {parts:?}") };
+    let error = error.to_string();
+    for part in parts {
+        assert!(error.contains(part), "'{part}' is not in: {error}");
+    }
+}
+
+#[test]
+fn what_a_file_says_and_is_not_understood_is_refused_by_name() {
+    let one = 1u32.to_le_bytes();
+    let two = 2.0f32.to_le_bytes();
+    let with = |pairs: &[(&str, u32, &[u8])]| with_pairs("quants.gguf", pairs);
+    let model = open_bytes(&with(&[("general.anything", U32, &one), ("qwen3.expert_count", U32, &[0; 4])])).unwrap();
+    assert_eq!(model.config.rope_scaling, RopeScaling::None);
+    let model = open_bytes(&with(&[("qwen3.rope.scaling.factor", F32, &two)])).unwrap();
+    assert_eq!(model.config.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+
+    refused(&with(&[("qwen3.expert_count", U32, &one)]), &["would be missed: qwen3.expert_count"]);
+    refused(&with(&[("qwen3.rope.scaling.type", STRING, b"yarn")]), &["qwen3.rope.scaling.type is 'yarn'"]);
+    refused(&with(&[("qwen3.attention.sliding_window", U32, &one)]), &["qwen3.attention.sliding_window is 1"]);
+    refused(&with(&[("qwen3.attention.causal", BOOL, &[0])]), &["qwen3.attention.causal is false"]);
+    refused(&with(&[("general.type", STRING, b"adapter")]), &["general.type is 'adapter'"]);
+    refused(&with(&[("split.count", U32, &3u32.to_le_bytes())]), &["one of 3 parts", "--merge"]);
+    refused(&with(&[("tokenizer.ggml.magic", U32, &one)]), &["tokenizer.ggml.magic"]);
+    refused(&with(&[("general.architecture", STRING, b"llama")]), &["general.architecture twice"]);
+    let many: &[(&str, u32, &[u8])] = &[
+        ("qwen3.logit_scale", F32, &two),
+        ("qwen3.expert_count", U32, &one),
+        ("qwen3.rope.scaling.type", STRING, b"longrope"),
+    ];
+    refused(&with(many), &["qwen3.logit_scale", "qwen3.expert_count", "longrope"]);
+
+    // The same length: other bytes in place.
+    let file = std::fs::read(fixtures().join("gguf/quants.gguf")).unwrap();
+    let replaced = |old: &[u8], new: &[u8]| {
+        let mut file = file.clone();
+        let places: Vec<usize> = (0..file.len() - old.len()).filter(|&at| &file[at..at + old.len()] == old).collect();
+        assert!(!places.is_empty() && old.len() == new.len());
+        places.iter().for_each(|&at| file[at..at + old.len()].copy_from_slice(new));
+        file
+    };
+    refused(&replaced(b"qwen3", b"gemma"), &["general.architecture 'gemma' is not known", "qwen2"]);
+    refused(&replaced(b"gpt-2", b"gpt-9"), &["tokenizer.ggml.pre 'gpt-9' is not known", "smollm"]);
+    refused(
+        &replaced(b"attn_q.weight", b"attn_x.weight"),
+        &["blk.0.attn_q.weight [8, 256] is missing", "blk.1.attn_x.weight is not"],
+    );
+    refused(&replaced(b"GGUF\x03", b"GGUF\x01"), &["GGUF version 1"]);
+    refused(&replaced(b"GGUF\x03\0\0\0", b"GGUF\0\0\0\x03"), &["big-endian"]);
+    // A kind of quantization that is not read: Q8_0 becomes IQ4_NL.
+    let mut kind = b"token_embd.weight\x02\0\0\0".to_vec();
+    kind.extend([256u64.to_le_bytes(), 8u64.to_le_bytes()].concat());
+    let (old, new) = ([&kind[..], &[8, 0, 0, 0]].concat(), [&kind[..], &[20, 0, 0, 0]].concat());
+    refused(&replaced(&old, &new), &["token_embd.weight (IQ4_NL)", "Q2_K to Q6_K are read"]);
+}
+
+#[test]
+fn a_model_from_gguf_is_not_written_out_as_a_folder() {
+    let model = open(&fixtures().join("gguf/llama.gguf"));
+    let weights = model.weights(DType::F32, &Device::Cpu).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for result in [model.check_can_save(), model.save_with_weights(weights, folder.path())] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("llama.gguf") && error.contains("adapter"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
 /// The path of a model that `scripts/fetch-test-models.sh` brings.
 fn smollm2() -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
