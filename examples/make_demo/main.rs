@@ -23,7 +23,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-const CORPUS_ROWS: usize = 120_000;
+const CORPUS_ROWS: usize = 160_000;
 const VOCABULARY: usize = 1024;
 const CHAT_TEMPLATE: &str = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}\
                              {% if add_generation_prompt %}<|assistant|>{% endif %}";
@@ -63,7 +63,7 @@ fn demo_row(rng: &mut fastrand::Rng, pool: Pool) -> Value {
 fn corpus_row(rng: &mut fastrand::Rng) -> Value {
     let appointment = Appointment::draw(rng, Pool::All);
     let sentence = appointment.sentence(rng);
-    match rng.u8(..10) {
+    match rng.u8(..12) {
         0..3 => turns(&[(&sentence, &appointment.confirmation(rng))]),
         3..6 => {
             let mut fields = appointment.fields();
@@ -79,7 +79,7 @@ fn corpus_row(rng: &mut fastrand::Rng) -> Value {
             turns(&asked.iter().map(|(question, answer)| (question.as_str(), *answer)).collect::<Vec<_>>())
         }
         6 | 7 => turns(&[(&format!("{sentence} As lines."), &appointment.lines())]),
-        8 => {
+        8..11 => {
             let (text, key, value) = object(rng);
             if rng.bool() {
                 turns(&[(&format!("Repeat {text}"), &text)])

@@ -212,11 +212,13 @@ pub fn object(rng: &mut fastrand::Rng) -> (String, &'static str, String) {
     let keys = &keys[..rng.usize(2..5)];
     let values: Vec<Value> = keys
         .iter()
-        .map(|_| match rng.u8(..6) {
+        .map(|_| match rng.u8(..8) {
             0 => Value::Null,
             1 | 2 => json!(rng.u32(1..100)),
             3 => json!(NAMES[rng.usize(..NAMES.len())]),
-            _ => json!(WORDS[rng.usize(..WORDS.len())]),
+            4 => json!(WORDS[rng.usize(..WORDS.len())]),
+            5 => json!(EVENTS[rng.usize(..EVENTS.len())]),
+            _ => json!(DAYS[rng.usize(..DAYS.len())]),
         })
         .collect();
     let members: Vec<String> = keys.iter().zip(&values).map(|(key, value)| format!("\"{key}\": {value}")).collect();
