@@ -16,9 +16,8 @@ use proptest::prelude::*;
 /// The largest request since the program began.
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
-/// Far over what the small files here need, far under what a broken count asks for. The largest honest requests are a
-/// regular expression's and a table of Unicode's.
-const LIMIT: usize = 8 << 20;
+/// Far under what a broken count asks for; the largest request that was seen is 1 MiB.
+const LIMIT: usize = 4 << 20;
 
 struct Watched;
 
