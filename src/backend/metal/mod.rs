@@ -1,0 +1,2 @@
+//! Apple GPUs.
+pub mod plan;
