@@ -80,10 +80,12 @@ impl Case {
         let plus_one = |values: &[f64]| values.iter().map(|value| value + 1.0).collect::<Vec<_>>();
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
         let outputs = if x == DType::F32 { vec![x] } else { vec![x, DType::F32] };
-        let run = |form: &str, plan: &Plan, tensors: &Tensors| {
+        let run = |form: &str, plan: &Plan, tensors: &Tensors, written: &[(Slot, DType)]| {
             let names = plan.launches.iter().map(|launch| launch.kernel.clone());
             RAN.lock().unwrap().extend(names);
-            host.run(plan, tensors, ORDERS).map_err(|error| format!("{what}, {form}: {error}"))
+            let results = host.run(plan, tensors, ORDERS).map_err(|error| format!("{what}, {form}: {error}"))?;
+            harness::save_case(&format!("{what}, {form}"), plan, tensors, &results, written);
+            Ok::<_, String>(results)
         };
         let close = |form: &str, got: &[u8], dtype, want: &[f64]| {
             let error = relative_error(&values(got, dtype), want);
@@ -93,14 +95,14 @@ impl Case {
 
         let mut tensors = self.tensors(&[]);
         tensors.made.insert(Slot::Y, m * n * x.size_in_bytes());
-        let written = run("delta", &self.call.delta().unwrap(), &tensors)?;
+        let written = run("delta", &self.call.delta().unwrap(), &tensors, &[(Slot::Y, x)])?;
         close("delta", &written[&Slot::Y], x, &delta)?;
 
         let mut kept = None;
         for &y in &outputs {
             let mut tensors = self.tensors(&[(Slot::Y, &ones(&[m, n], y))]);
             tensors.made.insert(Slot::H, m * r * 4);
-            let written = run("add_into", &self.call.add_into(y).unwrap(), &tensors)?;
+            let written = run("add_into", &self.call.add_into(y).unwrap(), &tensors, &[(Slot::Y, y), (Slot::H, DType::F32)])?;
             close("y += delta", &written[&Slot::Y], y, &plus_one(&delta))?;
             close("h", &written[&Slot::H], DType::F32, &h)?;
             kept = Some(written[&Slot::H].clone());
@@ -121,7 +123,7 @@ impl Case {
                     tensors.given.extend(h.map(|h| (Slot::H, h.clone())));
                     let plan = self.call.backward(g_dtype, Some(dx_dtype), true, true, h.is_some()).unwrap();
                     let form = format!("backward, g {g_dtype:?}, dx {dx_dtype:?}, h {}", h.is_some());
-                    let written = run(&form, &plan, &tensors)?;
+                    let written = run(&form, &plan, &tensors, &[(Slot::Dx, dx_dtype), (Slot::Da, DType::F32), (Slot::Db, DType::F32)])?;
                     close(&format!("{form}: dx"), &written[&Slot::Dx], dx_dtype, &plus_one(&dx))?;
                     close(&format!("{form}: dA"), &written[&Slot::Da], DType::F32, &plus_one(&da))?;
                     close(&format!("{form}: dB"), &written[&Slot::Db], DType::F32, &plus_one(&db))?;

@@ -5,7 +5,10 @@ use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use candle_core::DType;
 use metal_candle::backend::metal::plan::{Binding, Launch, Params, Plan, Slot};
+
+use crate::common::tolerance;
 
 pub const KERNELS: &str = include_str!("../../src/backend/kernels.metal");
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/metal_host");
@@ -244,4 +247,41 @@ pub fn signatures(text: &str) -> BTreeMap<String, Vec<String>> {
         all.insert(name.to_string(), attributes);
     }
     all
+}
+
+/// Where `METAL_HOST_CASES` names a folder, saves a case for `cuda/check.cu`: what it is, the request, and for each buffer its
+/// type (0: not compared), the tolerance and what it must hold. Large cases are left out.
+pub fn save_case(
+    what: &str,
+    plan: &Plan,
+    tensors: &Tensors,
+    results: &BTreeMap<Slot, Vec<u8>>,
+    written: &[(Slot, DType)],
+) {
+    let Some(folder) = std::env::var_os("METAL_HOST_CASES") else { return };
+    let request = Request::new(plan, tensors, 1);
+    if request.bytes.len() > 60_000 && !(what.contains("m 128, [512") && what.contains("delta")) {
+        return;
+    }
+    let mut case = (what.len() as u32).to_le_bytes().to_vec();
+    case.extend(what.as_bytes());
+    case.extend(&request.bytes);
+    for (slot, _) in &request.slots {
+        let compared = written.iter().find(|(found, _)| Some(*found) == *slot);
+        let Some((slot, dtype)) = compared else {
+            case.extend(0_u32.to_le_bytes());
+            continue;
+        };
+        let number = match dtype {
+            DType::F16 => 2_u32,
+            DType::BF16 => 3,
+            _ => 1,
+        };
+        case.extend(number.to_le_bytes());
+        case.extend((tolerance(*dtype) as f32).to_le_bytes());
+        case.extend((results[slot].len() as u32).to_le_bytes());
+        case.extend(&results[slot]);
+    }
+    let name: String = what.chars().filter(|character| character.is_ascii_alphanumeric()).collect();
+    std::fs::write(Path::new(&folder).join(name), case).unwrap();
 }
