@@ -79,12 +79,15 @@ pub struct Request {
 
 impl Request {
     pub fn new(plan: &Plan, tensors: &Tensors, orders: u32) -> Self {
+        let bindings: Vec<Binding> = plan.launches.iter().flat_map(|launch| launch.bindings.clone()).collect();
+        let bound = |slot: Slot| bindings.contains(&Binding::Read(slot)) || bindings.contains(&Binding::Write(slot));
+        let given: Vec<_> = tensors.given.iter().filter(|(slot, _)| bound(**slot) || bindings.is_empty()).collect();
         let mut made = tensors.made.clone();
         made.extend(plan.scratch.iter().map(|&(slot, elements)| (slot, elements * 4)));
         let mut request = Self { bytes: Vec::new(), slots: Vec::new() };
         request.number(orders as usize);
-        request.number(tensors.given.len() + made.len() + plan.launches.len());
-        for (slot, content) in &tensors.given {
+        request.number(given.len() + made.len() + plan.launches.len());
+        for (slot, content) in given {
             request.buffer(&format!("{slot:?}"), Some(*slot), content);
         }
         for (slot, size) in made {
@@ -260,7 +263,7 @@ pub fn save_case(
 ) {
     let Some(folder) = std::env::var_os("METAL_HOST_CASES") else { return };
     let request = Request::new(plan, tensors, 1);
-    if request.bytes.len() > 60_000 && !(what.contains("m 128, [512") && what.contains("delta")) {
+    if request.bytes.len() > 1_200_000 {
         return;
     }
     let mut case = (what.len() as u32).to_le_bytes().to_vec();
