@@ -102,8 +102,12 @@ impl Case {
         for &y in &outputs {
             let mut tensors = self.tensors(&[(Slot::Y, &ones(&[m, n], y))]);
             tensors.made.insert(Slot::H, m * r * 4);
-            let written =
-                run(&format!("add_into {y:?}"), &self.call.add_into(y).unwrap(), &tensors, &[(Slot::Y, y), (Slot::H, DType::F32)])?;
+            let written = run(
+                &format!("add_into {y:?}"),
+                &self.call.add_into(y).unwrap(),
+                &tensors,
+                &[(Slot::Y, y), (Slot::H, DType::F32)],
+            )?;
             close("y += delta", &written[&Slot::Y], y, &plus_one(&delta))?;
             close("h", &written[&Slot::H], DType::F32, &h)?;
             kept = Some(written[&Slot::H].clone());
