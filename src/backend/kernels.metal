@@ -17,8 +17,9 @@
 //   gradient_b  m n e + 4 m r n/128 + 4 C r n                  m n e + 4 m r + 8 r n    2 m r n          the same
 //   sum         4 (C + 2) k r  (dB: n for k)                   C = 1: none              C k r            none
 //
-// Ranks are padded to a multiple of 8 (operations then count with the padded rank); for r over 32 x is read r / 32 times
-// by project, from cache after the first. A backward pass reads x once (dA) and g twice (u and dB); h and u go through memory.
+// Ranks are padded to a multiple of 8 (operations then count with the padded rank). For r over 32, project reads x, and
+// gradient_a and gradient_b read x and g, r / 32 times: from cache after the first. A backward pass reads x once (dA) and
+// g twice (u and dB); h and u go through memory.
 //
 // Apple7 (M1) and later: simdgroup_matrix and simdgroup reductions need no more. bf16 needs language version 3.1. At most
 // 512 threads and 32 KiB of threadgroup memory, given by the host. Only scalars are loaded: tensors may start at any element.

@@ -1,4 +1,5 @@
 //! Compiles `kernels.metal` for the CPU with `host.cpp`, and runs the launches of a plan there.
+#![allow(dead_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -11,6 +12,15 @@ use metal_candle::backend::metal::plan::{Binding, Launch, Params, Plan, Slot};
 use crate::common::tolerance;
 
 pub const KERNELS: &str = include_str!("../../src/backend/kernels.metal");
+/// The positions that every kernel takes after its memory.
+pub const PLACES: [&str; 5] = [
+    "threadgroup_position_in_grid",
+    "thread_index_in_threadgroup",
+    "thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup",
+    "simdgroups_per_threadgroup",
+];
+
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/metal_host");
 
 /// `kernels.metal`, compiled. The folder goes when this does.
@@ -287,4 +297,10 @@ pub fn save_case(
     }
     let name: String = what.chars().filter(|character| character.is_ascii_alphanumeric()).collect();
     std::fs::write(Path::new(&folder).join(name), case).unwrap();
+}
+
+/// `text` with `from`, which it has exactly once, replaced.
+pub fn change(text: &str, from: &str, to: &str) -> String {
+    assert_eq!(text.matches(from).count(), 1, "{from}");
+    text.replace(from, to)
 }
