@@ -34,12 +34,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Parses the arguments and runs the subcommand. Usage errors end with 2, failures with 1.
 pub fn run() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
     let outcome = match Cli::parse().command {
         Command::Train(args) => args.run(),
     };

@@ -86,58 +86,14 @@ const LARGEST: usize = 1 << 28;
 
 /// Keys that have no bearing on the forward pass as it is built here, or that are read elsewhere.
 const HARMLESS: &[&str] = &[
-    "architectures",
-    "model_type",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "initializer_range",
-    "attention_dropout",
-    "pretraining_tp",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "unk_token_id",
-    "_name_or_path",
-    "name_or_path",
-    "is_llama_config",
-    "rope_interleaved",
-    "transformers.js_config",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
-    "id2label",
-    "label2id",
-    "task_specific_params",
-    "problem_type",
-    "finetuning_task",
-    "is_encoder_decoder",
-    "add_cross_attention",
-    "tie_encoder_decoder",
-    "max_window_layers",
-    "_attn_implementation",
-    "auto_map",
-    "use_return_dict",
-    "max_length",
-    "temperature",
-    "top_p",
-    "do_sample",
-    "layer_types",
-    "use_sliding_window",
-    "cross_attention_hidden_size",
-    "gradient_checkpointing",
-    "unsloth_version",
-    "unsloth_fixed",
-    "sep_token_id",
-    "decoder_start_token_id",
-    "is_decoder",
-    "attn_implementation",
-    "hidden_dropout",
-    "bad_words_ids",
-    "torchscript",
-    "quantization_config_backup",
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
+    "attention_dropout", "pretraining_tp", "pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "_name_or_path",
+    "name_or_path", "is_llama_config", "rope_interleaved", "transformers.js_config", "return_dict", "output_attentions",
+    "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "problem_type",
+    "finetuning_task", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "max_window_layers", "_attn_implementation",
+    "auto_map", "use_return_dict", "max_length", "temperature", "top_p", "do_sample", "layer_types", "use_sliding_window",
+    "cross_attention_hidden_size", "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "sep_token_id", "decoder_start_token_id",
+    "is_decoder", "attn_implementation", "hidden_dropout", "bad_words_ids", "torchscript", "quantization_config_backup",
 ];
 
 struct Reader<'a> {
@@ -254,8 +210,7 @@ impl ModelConfig {
         };
         config.read_rope(&mut reader);
         config.read_window(&mut reader, windows);
-        if let Some(act) =
-            reader.value("hidden_act").filter(|act| !["silu", "swish"].contains(&act.as_str().unwrap_or("")))
+        if let Some(act) = reader.value("hidden_act").filter(|act| !["silu", "swish"].contains(&act.as_str().unwrap_or("")))
         {
             let problem = format!("hidden_act is {act}; only silu is known");
             reader.problems.push(problem);
@@ -275,9 +230,7 @@ impl ModelConfig {
             reader.problems.push(format!("quantization_config is set, and such weights are not read; {advice}"));
         }
         let known = |key: &str| reader.read.contains(&key) || HARMLESS.contains(&key) || key == "quantization_config";
-        let idle = |value: &Value| {
-            value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty)
-        };
+        let idle = |value: &Value| value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty);
         let strange: Vec<&str> =
             map.iter().filter(|(key, value)| !known(key) && !idle(value)).map(|(key, _)| key.as_str()).collect();
         if !strange.is_empty() {
@@ -369,9 +322,7 @@ impl ModelConfig {
                 })
             })(),
             _ => {
-                reader
-                    .problems
-                    .push(format!("the rotary scaling '{kind}' is not known; default, linear and llama3 are"));
+                reader.problems.push(format!("the rotary scaling '{kind}' is not known; default, linear and llama3 are"));
                 return;
             }
         };
@@ -408,9 +359,7 @@ impl ModelConfig {
         let sliding: Vec<bool> = types.iter().map(|kind| kind.as_str() == Some("sliding_attention")).collect();
         let from = sliding.iter().position(|&sliding| sliding).unwrap_or(self.num_layers);
         if sliding.len() != self.num_layers || sliding[from.min(sliding.len())..].contains(&false) {
-            reader
-                .problems
-                .push("layer_types mixes full and sliding attention in an order that is not known".to_string());
+            reader.problems.push("layer_types mixes full and sliding attention in an order that is not known".to_string());
         }
         self.sliding_window_from_layer = from;
     }

@@ -76,8 +76,7 @@ impl ModelFiles {
         let Source::Folder(source) = &self.source;
         let dtype = weights::dtype(source)?;
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let cast =
-            weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?)));
+        let cast = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?)));
         let cast = cast.collect::<Result<HashMap<String, Tensor>>>()?;
         let path = folder.join("model.safetensors");
         crate::training::files::write_atomically(&path, |file| {

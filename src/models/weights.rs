@@ -23,8 +23,7 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     };
     let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
     // A name with a path in it could lead out of the folder.
-    let outside: Vec<&str> =
-        names.iter().copied().filter(|name| Path::new(name).file_name() != Some(name.as_ref())).collect();
+    let outside: Vec<&str> = names.iter().copied().filter(|name| Path::new(name).file_name() != Some(name.as_ref())).collect();
     if !outside.is_empty() {
         return Err(Error::file(&index, format!("names files outside its folder: {}", outside.join(", "))));
     }
@@ -39,7 +38,12 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// One error lists every tensor that is missing, has another shape, or is not of this model.
-pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
+pub fn load(
+    folder: &Path,
+    config: &ModelConfig,
+    dtype: DType,
+    device: &Device,
+) -> Result<HashMap<String, Tensor>> {
     let mapped = map(&files(folder)?)?;
     let mut found: HashMap<String, Vec<usize>> =
         mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
@@ -48,16 +52,12 @@ pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) 
     for (name, shape) in &wanted {
         match found.remove(name) {
             None => problems.push(format!("{name} {shape:?} is missing")),
-            Some(other) if other != *shape => {
-                problems.push(format!("{name} is {other:?}, the configuration says {shape:?}"))
-            }
+            Some(other) if other != *shape => problems.push(format!("{name} is {other:?}, the configuration says {shape:?}")),
             Some(_) => {}
         }
     }
     // Buffers of old checkpoints, and the copy of a tied embedding that some tools write.
-    found.retain(|name, _| {
-        !name.ends_with("rotary_emb.inv_freq") && !(config.tie_word_embeddings && name == "lm_head.weight")
-    });
+    found.retain(|name, _| !name.ends_with("rotary_emb.inv_freq") && !(config.tie_word_embeddings && name == "lm_head.weight"));
     let mut unknown: Vec<String> = found.into_keys().map(|name| format!("{name} is not of this model")).collect();
     unknown.sort_unstable();
     problems.extend(unknown);
@@ -66,10 +66,7 @@ pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) 
         let more = problems.len().saturating_sub(SHOWN);
         problems.truncate(SHOWN);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-        return Err(Error::file(
-            folder,
-            format!("its weights do not fit its config.json: {}{more}", problems.join("; ")),
-        ));
+        return Err(Error::file(folder, format!("its weights do not fit its config.json: {}{more}", problems.join("; "))));
     }
     let tensors = wanted.into_iter().map(|(name, _)| {
         let tensor = mapped.load(&name, device)?;

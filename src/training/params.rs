@@ -56,7 +56,8 @@ impl Params {
         let entries = self.entries.iter();
         entries
             .map(|entry| {
-                let parameter = Parameter { value: view(&values, entry)?, grad: Some(view(&self.grads, entry)?) };
+                let parameter =
+                    Parameter { value: view(&values, entry)?, grad: Some(view(&self.grads, entry)?) };
                 Ok((entry.name.as_str(), parameter))
             })
             .collect()
