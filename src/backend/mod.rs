@@ -4,4 +4,5 @@ pub mod cpu;
 pub mod custom_ops;
 pub mod dropout;
 pub mod fallback;
+pub mod metal;
 pub mod reference;

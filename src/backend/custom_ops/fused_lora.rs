@@ -7,13 +7,13 @@
 //! x's dtype; dA and dB are f32. x may have any rank from 1, any strides, and no rows at all.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Shape, Tensor};
 
 use super::check::{self, with_last};
 use crate::backend::cpu::floats::{Floats, Held, gather, storage_of, tensor_of, update_f32};
 use crate::backend::cpu::fused_lora::{Lora, Wanted};
 use crate::backend::dropout::Dropout;
-use crate::backend::{cpu, fallback};
+use crate::backend::{cpu, fallback, metal};
 use crate::{Error, Result};
 
 const OP: &str = "fused_lora";
@@ -39,7 +39,10 @@ pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout
     let size = Size::of(OP, x, a, b, dropout)?;
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::delta(x, a, b, s, dropout) {
+            Ok(y) => return Ok(y),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         return composite(&x.detach(), &a.detach(), &b.detach(), s, dropout);
     }
     let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
@@ -56,7 +59,10 @@ pub fn add_into(y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout:
     let size = Size::of(OP, x, a, b, dropout)?;
     check::gradient(OP, "y", y, &with_last(x.dims(), size.n), x)?;
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::add_into(y, x, a, b, s, dropout) {
+            Ok(h) => return Ok(h),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         let (x, a, b) = (x.detach(), a.detach(), b.detach());
         let h = project(&x, &a, dropout)?;
         fallback::accumulate(y, &(h.matmul(&b.to_dtype(DType::F32)?)? * s)?)?;
@@ -88,7 +94,10 @@ pub fn backward(
     let size = Size::of(OP, x, a, b, dropout)?;
     check_backward(OP, x, h, g, &size, &sink)?;
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::backward(x, a, b, h, g, s, dropout, &sink) {
+            Ok(()) => return Ok(()),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         return composite_backward(&x.detach(), &a.detach(), &b.detach(), h, g, s, dropout, &sink);
     }
     let (x, a, b, g) = (x.contiguous()?, a.contiguous()?, b.contiguous()?, g.contiguous()?);
@@ -131,8 +140,10 @@ pub fn fused_lora(x: &Tensor, a: &Tensor, b: &Tensor, s: f64) -> Result<Tensor> 
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn fused_lora_with_dropout(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout>) -> Result<Tensor> {
     let size = Size::of(OP, x, a, b, dropout)?;
-    if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+    if !x.device().is_cpu()
+        && let Err(reason) = metal::fused_lora::ready(x, a, b)
+    {
+        fallback::allow(OP, x.device(), &reason.to_string())?;
         return composite(x, a, b, s, dropout);
     }
     let op = Taped { s, dropout, size };
@@ -183,6 +194,11 @@ impl CustomOp1 for FusedLoRAOp {
         Ok((storage_of(y, storage.dtype()), with_last(layout.dims(), size.n).into()))
     }
 
+    fn metal_fwd(&self, storage: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        Size::new(OP, layout.dims(), storage.dtype(), &self.a, &self.b)?;
+        Ok(metal::fused_lora::delta_op1(storage, layout, &self.a, &self.b, self.s)?)
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
         let dx = x.zeros_like()?;
         backward(x, &self.a, &self.b, None, g, self.s, None, Sink { dx: Some(&dx), ..Sink::default() })?;
@@ -214,6 +230,18 @@ impl CustomOp3 for Taped {
         let (a, b) = (Floats::of(OP, "a", a, a_layout)?, Floats::of(OP, "b", b, b_layout)?);
         let lora = Lora::new(Floats::of(OP, "x", x, x_layout)?, a, b, self.s, self.dropout, self.size.all());
         Ok((storage_of(lora.delta(), x.dtype()), with_last(x_layout.dims(), self.size.n).into()))
+    }
+
+    fn metal_fwd(
+        &self,
+        x: &MetalStorage,
+        x_layout: &Layout,
+        a: &MetalStorage,
+        a_layout: &Layout,
+        b: &MetalStorage,
+        b_layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        Ok(metal::fused_lora::delta_op([(x, x_layout), (a, a_layout), (b, b_layout)], self.s, self.dropout)?)
     }
 
     fn bwd(

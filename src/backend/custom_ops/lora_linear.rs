@@ -7,13 +7,13 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
-use super::check::{self, with_last};
+use super::check::with_last;
 use super::fused_lora::{self, Sink, Size};
 use super::linear;
+use crate::backend::cpu;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
 use crate::backend::cpu::fused_lora::Lora;
 use crate::backend::dropout::Dropout;
-use crate::backend::{cpu, fallback};
 use crate::{Error, Result};
 
 const OP: &str = "lora_linear";
@@ -34,13 +34,11 @@ pub fn forward(
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
-        let (x, a, b) = (x.detach(), a.detach(), b.detach());
-        let base = linear::composite(&x, &w.detach(), bias, &linear::Size { m: size.m, k: size.k, n: size.n })?;
-        let h = fused_lora::project(&x, &a, dropout)?;
-        let delta = (h.matmul(&b.to_dtype(DType::F32)?)? * s)?;
-        let y = (base.to_dtype(DType::F32)? + delta)?.to_dtype(x.dtype())?;
-        return Ok((y.detach().reshape(shape)?, h));
+        // The base product is Candle's own; the adapter is added to it in place.
+        let base = linear::Size { m: size.m, k: size.k, n: size.n };
+        let y = linear::composite(&x.detach(), &w.detach(), bias, &base)?.detach().reshape(shape)?;
+        let h = fused_lora::add_into(&y, x, a, b, s, dropout)?;
+        return Ok((y, h));
     }
     let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
     let bias = bias.map(Tensor::contiguous).transpose()?;
@@ -102,9 +100,8 @@ pub fn lora_linear_with_dropout(
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
         let base = linear::composite(x, &w, bias.as_ref(), &linear::Size { m: size.m, k: size.k, n: size.n })?;
-        let delta = fused_lora::composite(x, a, b, s, dropout)?;
+        let delta = fused_lora::fused_lora_with_dropout(x, a, b, s, dropout)?;
         return Ok((base.reshape(delta.shape())? + delta)?);
     }
     let frozen = Frozen { w: w.contiguous()?, bias: bias.map(|bias| bias.contiguous()).transpose()? };
