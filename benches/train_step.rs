@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::hint::black_box;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use metal_candle::Result;
 use metal_candle::backend::cpu::gemm::{Matrix, MatrixMut, gemm};
 use metal_candle::backend::custom_ops::adamw::AdamW;
@@ -24,6 +24,8 @@ const RANK: usize = 8;
 
 fn main() -> Result<()> {
     let options = Options::from_args();
+    // As the program does.
+    metal_candle::backend::cpu::memory::keep_freed();
     let config = smollm2_135m();
     println!(
         "SmolLM2-135M, {} tokens, f32, rank {RANK} on {}, checkpointing {}; {}, {} threads, commit {}",

@@ -14,6 +14,7 @@ pub mod floats;
 pub mod fused_lora;
 pub mod gemm;
 pub mod linear;
+pub mod memory;
 pub mod rms_norm;
 pub mod rope;
 pub mod skinny;
