@@ -270,8 +270,8 @@ fn no_rows_give_empty_outputs_and_leave_buffers_alone() {
 
 #[test]
 fn strided_transposed_and_offset_views() {
-    let views: [(&str, fn(&Tensor) -> Tensor); 3] =
-        [("strided", strided), ("transposed", transposed), ("offset", offset)];
+    type View = fn(&Tensor) -> Tensor;
+    let views: [(&str, View); 3] = [("strided", strided), ("transposed", transposed), ("offset", offset)];
     for_devices(|device| {
         for (x, adapter) in [MIXES[0], MIXES[4]] {
             let case = Case::new(&[3, 7], [21, 4, 18], x, adapter, device);

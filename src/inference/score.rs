@@ -61,7 +61,7 @@ pub fn answers(
 /// The tokens before the last stretch of trained ones, and that stretch without the token that ends it.
 fn split<'a>(row: &'a Row, tokenizer: &TextTokenizer) -> Result<(&'a [u32], Vec<u32>)> {
     let counted = |&target: &u32| target != IGNORE;
-    let end = row.targets.iter().rposition(|target| counted(target)).map_or(0, |last| last + 1);
+    let end = row.targets.iter().rposition(counted).map_or(0, |last| last + 1);
     let start = row.targets[..end].iter().rposition(|target| !counted(target)).map_or(0, |before| before + 1);
     if start == 0 {
         let problem = format!("{} is trained on as a whole; exact match needs rows with a masked prompt", row.place());

@@ -242,7 +242,7 @@ fn read_config(path: &Path) -> Result<(LoRAConfig, bool, String)> {
     let number = |key: &str| map.get(key).and_then(Value::as_f64);
     // PEFT's defaults for both are 8.
     let rank = number("r").unwrap_or(8.0);
-    let mut config = LoRAConfig::new(if rank >= 1.0 && rank <= 65_536.0 { rank as usize } else { 0 });
+    let mut config = LoRAConfig::new(if (1.0..=65_536.0).contains(&rank) { rank as usize } else { 0 });
     config.alpha = number("lora_alpha").unwrap_or(8.0);
     config.dropout = number("lora_dropout").unwrap_or(0.0) as f32;
     config.target_modules = match map.get("target_modules") {

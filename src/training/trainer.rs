@@ -439,9 +439,10 @@ struct Watch {
 
 impl Watch {
     fn new(trainer: &Trainer) -> Result<Self> {
+        // A copy of the values alone: `copy` would take the whole buffer that they are a view of.
         let named = trainer.params.named()?;
         let a = named.into_iter().filter(|(name, _)| name.ends_with(setup::A));
-        let initial = a.map(|(name, parameter)| Ok((name.to_string(), parameter.value.copy()?)));
+        let initial = a.map(|(name, parameter)| Ok((name.to_string(), parameter.value.force_contiguous()?)));
         Ok(Self { initial: initial.collect::<Result<_>>()? })
     }
 

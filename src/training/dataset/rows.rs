@@ -119,7 +119,7 @@ fn conversation(
     }
     let span = |turn: usize| -> Result<Option<Range<usize>>, String> {
         let (before, after) = (render(turn, true)?, render(turn + 1, false)?);
-        Ok((after.starts_with(&before) && text.starts_with(&after)).then(|| before.len()..after.len()))
+        Ok((after.starts_with(&before) && text.starts_with(&after)).then_some(before.len()..after.len()))
     };
     let turns = (trained_from..messages.len()).filter(|&turn| messages[turn].role == "assistant");
     let mut spans = Vec::new();
