@@ -285,7 +285,7 @@ fn load_splits(
     let mut splits = BTreeMap::new();
     for name in ["train", "valid", "test"].into_iter().filter(|name| test || *name != "test") {
         let Some(path) = dataset::split(data, name) else { continue };
-        let loaded = Dataset::load(&[path.clone()], &model.tokenizer, options)?;
+        let loaded = Dataset::load(std::slice::from_ref(&path), &model.tokenizer, options)?;
         display.dataset(&path, &loaded.report);
         splits.insert(name, loaded);
     }
