@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage,
 
 use super::check::{self, with_last};
 use crate::backend::cpu::floats::{Floats, Held, gather, storage_of, tensor_of, update_f32};
-use crate::backend::cpu::fused_lora::Lora;
+use crate::backend::cpu::fused_lora::{Lora, Wanted};
 use crate::backend::dropout::Dropout;
 use crate::backend::{cpu, fallback, metal};
 use crate::{Error, Result};
@@ -70,11 +70,7 @@ pub fn add_into(y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout:
     }
     let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
     with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
-        let h = lora.project();
-        update_f32(OP, "y", y, |y| {
-            lora.add(&h, y);
-            Ok(())
-        })?;
+        let h = update_f32(OP, "y", y, |y| Ok(lora.add_delta_keeping_h(y)))?;
         tensor_of(h, (size.m, size.r), DType::F32)
     })
 }
@@ -109,23 +105,15 @@ pub fn backward(
     // Every lock on an input is given back before the small sinks are written: they may share a buffer with each other.
     let (da, db) = with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
         let g = Held::of(OP, "g", &g)?;
-        let u = match (sink.dx, sink.da) {
-            (None, None) => Vec::new(),
-            _ => lora.output_projection(&g.floats()),
+        let h = h.as_ref().map(|h| cpu::view::<f32>(OP, "h", h)).transpose()?;
+        let gradients = |dx: Option<&mut [f32]>| {
+            let wanted = Wanted { dx, da: sink.da.is_some(), db: sink.db.is_some() };
+            Ok(lora.gradients(&g.floats(), h.as_deref(), wanted))
         };
-        let da = sink.da.map(|_| lora.a_gradient(&u));
-        let db = match (sink.db, &h) {
-            (None, _) => None,
-            (Some(_), Some(h)) => Some(lora.b_gradient(&cpu::view::<f32>(OP, "h", h)?, &g.floats())),
-            (Some(_), None) => Some(lora.b_gradient(&lora.project(), &g.floats())),
-        };
-        if let Some(dx) = sink.dx {
-            update_f32(OP, "dx", dx, |dx| {
-                lora.input_gradient(&u, dx);
-                Ok(())
-            })?;
+        match sink.dx {
+            Some(dx) => update_f32(OP, "dx", dx, |dx| gradients(Some(dx))),
+            None => gradients(None),
         }
-        Ok((da, db))
     })?;
     for (name, dst, gradient) in [("da", sink.da, da), ("db", sink.db, db)] {
         if let (Some(dst), Some(gradient)) = (dst, gradient) {

@@ -45,8 +45,7 @@ pub fn forward(
     let frozen = Frozen { w, bias };
     let (y, h) = fused_lora::with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
         let mut y = frozen.forward(&Held::of(OP, "x", &x)?.floats(), &size)?;
-        let h = lora.project();
-        lora.add(&h, &mut y);
+        let h = lora.add_delta_keeping_h(&mut y);
         Ok((y, h))
     })?;
     Ok((tensor_of(y, shape, x.dtype())?, tensor_of(h, (size.m, size.r), DType::F32)?))

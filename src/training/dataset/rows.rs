@@ -128,9 +128,11 @@ fn conversation(
         match span(turn)? {
             Some(span) => spans.push(span),
             None if turn + 1 == messages.len() => {
-                return Err("the chat template does not begin the answer where a generation would begin, so the prompt \
+                return Err(
+                    "the chat template does not begin the answer where a generation would begin, so the prompt \
                             cannot be masked; train without mask_prompt"
-                    .to_string());
+                        .to_string(),
+                );
             }
             None => lost = true,
         }
