@@ -13,6 +13,7 @@ use metal_candle::backend::custom_ops::{
 use metal_candle::backend::dropout::Dropout;
 use metal_candle::backend::reference::{self, fused_lora::Problem};
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 
 /// Inputs of one call on one device.
 #[derive(Debug, Clone)]
@@ -270,8 +271,8 @@ fn no_rows_give_empty_outputs_and_leave_buffers_alone() {
 
 #[test]
 fn strided_transposed_and_offset_views() {
-    let views: [(&str, fn(&Tensor) -> Tensor); 3] =
-        [("strided", strided), ("transposed", transposed), ("offset", offset)];
+    type View = fn(&Tensor) -> Tensor;
+    let views: [(&str, View); 3] = [("strided", strided), ("transposed", transposed), ("offset", offset)];
     for_devices(|device| {
         for (x, adapter) in [MIXES[0], MIXES[4]] {
             let case = Case::new(&[3, 7], [21, 4, 18], x, adapter, device);
@@ -470,7 +471,7 @@ fn a_mix_of_devices_is_an_error() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
 
     /// Any shape, dtype, layout and dropout.
     #[test]

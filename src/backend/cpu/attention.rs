@@ -5,7 +5,7 @@
 //! what exists of the scores is a tile a task. Forward keeps a running maximum and sum for each row and rescales what it
 //! has when the maximum grows. Tasks are (sequence, key head, tile of queries) in forward and (sequence, key head, tile of
 //! keys) in backward, where dk and dv of a tile are sums in the order of the queries, and dq is added up over tiles of
-//! keys, [`WAVE`] at a time, in their order.
+//! keys, `WAVE` at a time, in their order.
 
 use rayon::prelude::*;
 
