@@ -19,9 +19,11 @@
 #define __restrict__
 
 struct uint4 { uint32_t x, y, z, w; };
+struct uint2 { uint32_t x, y; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Dim { int x = 1, y = 1, z = 1; };
@@ -103,6 +105,8 @@ inline uint32_t to_f16x2(float low, float high) {
 }
 inline float from_f16(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float)h; }
 
+inline float __shfl_sync(uint32_t, float v, int lane) { return __uint_as_float(exchange({__float_as_uint(v)})[lane][0]); }
+inline float __shfl_xor_sync(uint32_t, float v, int mask) { return __shfl_sync(0, v, threadIdx.x % 32 ^ mask); }
 inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto all = exchange({a0, a1, a2, a3, b0, b1, 0, 0});
   auto at = [](uint32_t pair, int i) { return bf16_of(i % 2 ? pair >> 16 : pair & 0xffff); };

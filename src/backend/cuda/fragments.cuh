@@ -107,7 +107,7 @@ template <> __device__ __forceinline__ void widen8<F32>(const Eight<F32>& e, flo
 // The first `valid` of eight values at p, zeros after. VEC: p is on 16 bytes and `valid` is 8 or more, or none.
 template <class E, bool VEC> __device__ __forceinline__ Eight<E> load8(const typename E::Raw* p, int valid) {
   Eight<E> e;
-  if (VEC) {
+  if constexpr (VEC) {
     UNROLL for (int v = 0; v < E::VECTORS; v++) e.v[v] = valid > 0 ? __ldg((const uint4*)p + v) : make_uint4(0, 0, 0, 0);
     return e;
   }

@@ -96,19 +96,25 @@ template <class T, bool VEC> struct Tiles {
   }
 };
 
-// Left operand Lt of an outer product, L [16 rows, ranks]: value(row, rank), as fragments [rank tile][term][lane].
-template <int TERMS, class F> __device__ __forceinline__ void left_fragments(uint4* to, int rank_tiles, F value) {
-  for (int i = threadIdx.x; i < rank_tiles * 32; i += blockDim.x) {
-    int l = i % 32, tile = i / 32;
+// Left operands of the products with 16-row tiles: fragments of value(row, rank), rows from 0, [row tile][rank tile][term][lane].
+// OUTER: of Lt, for outer products; else of L itself.
+template <bool OUTER, int TERMS, class F>
+__device__ __forceinline__ void left_fragments(uint4* to, int row_tiles, int rank_tiles, F value) {
+  for (int i = threadIdx.x; i < row_tiles * rank_tiles * 32; i += blockDim.x) {
+    int l = i % 32, rank_tile = i / 32 % rank_tiles, row_tile = i / 32 / rank_tiles;
     uint32_t f[4][TERMS];
     UNROLL for (int part = 0; part < 4; part++) {
-      int rank = 16 * tile + 8 * (part % 2) + l / 4, row = 8 * (part / 2) + 2 * (l % 4);
-      split2<TERMS>(value(row, rank), value(row + 1, rank), f[part]);
+      int down = 8 * (part % 2) + l / 4, right = 8 * (part / 2) + 2 * (l % 4);
+      int row = 16 * row_tile + (OUTER ? right : down), rank = 16 * rank_tile + (OUTER ? down : right);
+      split2<TERMS>(value(row, rank), OUTER ? value(row + 1, rank) : value(row, rank + 1), f[part]);
     }
     UNROLL for (int term = 0; term < TERMS; term++)
-      to[(tile * TERMS + term) * 32 + l] = make_uint4(f[0][term], f[1][term], f[2][term], f[3][term]);
+      to[(i / 32 * TERMS + term) * 32 + l] = make_uint4(f[0][term], f[1][term], f[2][term], f[3][term]);
   }
 }
+
+// Row tiles whose left operands are in shared memory at a time: a segment.
+template <int NR> constexpr int segment_tiles() { return NR <= 2 ? 16 : NR == 4 ? 8 : 4; }
 
 // acc += Lt tile for one chunk of 32 columns; `top` and `bottom` are rows g and g + 8 of the tile.
 template <class T, int RANK_TILES>
@@ -145,18 +151,18 @@ __device__ __forceinline__ void store_outer(float* parts, const float (&acc)[2][
 }
 
 template <class T, class W, int NR, bool VEC> struct Output {
-  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, XT = T::TERMS, BT = W::TERMS;
+  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, SEGMENT = segment_tiles<NR>(), XT = T::TERMS, BT = W::TERMS;
   typedef typename W::Raw A;
 
   static __device__ __forceinline__ void run(const OutputArgs& p, unsigned char* shared) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     int block_column = blockIdx.x * warps * WARP_COLUMNS, column0 = block_column + warp * WARP_COLUMNS;
     int64_t row0 = (int64_t)blockIdx.y * p.rows, end = row0 + p.rows < p.m ? row0 + p.rows : p.m;
-    // Shared memory: B's columns of this block as bf16 terms; h's fragments and the warps' sums of u, twice; the ring.
+    // Shared memory: B's columns of this block as bf16 terms; a segment of h's fragments; the warps' sums of u, twice; the ring.
     int pitch = warps * WARP_COLUMNS * 2 + 64;
     unsigned char* bt = shared;
     uint4* left = (uint4*)(bt + BT * RANKS * pitch);
-    float* sums = (float*)(left + 2 * RANK_TILES * FINE * 32);
+    float* sums = (float*)(left + SEGMENT * RANK_TILES * FINE * 32);
     uint4* ring = (uint4*)(sums + 2 * warps * 16 * RANKS) + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
     Tiles<T, VEC> tiles(p.g, ring, p.m, row0, end, p.n, column0, p.stages);
     if (p.u_parts) {
@@ -170,18 +176,18 @@ template <class T, class W, int NR, bool VEC> struct Output {
           *(uint4*)(bt + (term * RANKS + i / eighths) * pitch + i % eighths * 16) = make_uint4(terms[term][0], terms[term][1], terms[term][2], terms[term][3]);
       }
     }
-    auto stage_h = [&](int64_t row, int buffer) {
-      if (p.h)
-        left_fragments<FINE>(left + buffer * RANK_TILES * FINE * 32, RANK_TILES, [&](int i, int rank) {
-          return row + i < end && p.rank0 + rank < p.r ? p.h[(row + i) * p.r + p.rank0 + rank] : 0.0f;
-        });
-    };
-    stage_h(row0, 0);
-    __syncthreads();
     float db[2][4][RANK_TILES][4] = {};
     int buffer = 0;
     for (int64_t row = row0; row < end; row += 16, buffer ^= 1) {
-      stage_h(row + 16, buffer ^ 1);
+      int tile = (int)(row - row0) / 16 % SEGMENT;
+      if (tile == 0) {
+        __syncthreads();
+        if (p.h)
+          left_fragments<true, FINE>(left, SEGMENT, RANK_TILES, [&](int i, int rank) {
+            return row + i < end && p.rank0 + rank < p.r ? p.h[(row + i) * p.r + p.rank0 + rank] : 0.0f;
+          });
+        __syncthreads();
+      }
       tiles.wait();
       float u[NR][4] = {};
       UNROLL for (int chunk = 0; chunk < 2; chunk++) {
@@ -199,7 +205,7 @@ template <class T, class W, int NR, bool VEC> struct Output {
                 }
             }
         }
-        if (p.h) outer<T, RANK_TILES>(db[chunk], left + buffer * RANK_TILES * FINE * 32, top, bottom);
+        if (p.h) outer<T, RANK_TILES>(db[chunk], left + tile * RANK_TILES * FINE * 32, top, bottom);
       }
       tiles.advance();
       float* mine = sums + (buffer * warps + warp) * 16 * RANKS;
@@ -225,7 +231,7 @@ template <class T, class W, int NR, bool VEC> struct Output {
 };
 
 template <class T, class W, int NR, bool VEC> struct Input {
-  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, XT = T::TERMS;
+  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, SEGMENT = segment_tiles<NR>(), XT = T::TERMS;
   static constexpr int UT = T::UP, AT = least(W::TERMS, T::UP);
   typedef typename W::Raw A;
 
@@ -233,12 +239,13 @@ template <class T, class W, int NR, bool VEC> struct Input {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     int column0 = (blockIdx.x * warps + warp) * WARP_COLUMNS;
     int64_t row0 = (int64_t)blockIdx.y * p.rows, end = row0 + p.rows < p.m ? row0 + p.rows : p.m;
-    // Shared memory: A of the warps' columns as right operand of dx, by the warp that uses it; u's fragments for dA and for dx,
-    // twice; the ring.
-    constexpr int OUTER = RANK_TILES * FINE * 32, LEFT = OUTER + RANK_TILES * UT * 32;  // u's fragments for dA, and with those for dx
+    // Shared memory: A of the warps' columns as right operand of dx, by the warp that uses it; a segment of u's fragments
+    // for dA and one for dx; the ring.
+    constexpr int OUTER = RANK_TILES * FINE * 32, LEFT = RANK_TILES * UT * 32;
     uint4* at = (uint4*)shared + warp * 2 * RANK_TILES * AT * 64;
     uint4* left = (uint4*)shared + warps * 2 * RANK_TILES * AT * 64;
-    uint4* ring = left + 2 * LEFT + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
+    uint4* left_dx = left + SEGMENT * OUTER;
+    uint4* ring = left_dx + SEGMENT * LEFT + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
     Tiles<T, VEC> tiles(p.da_parts ? p.x : nullptr, ring, p.m, row0, end, p.k, column0, p.stages);
     if (p.dx) {
       for (int i = 0; i < 2 * RANK_TILES * 2; i++) {
@@ -254,35 +261,21 @@ template <class T, class W, int NR, bool VEC> struct Input {
           at[(i * AT + term) * 32 + lane] = make_uint4(terms[0][term], terms[1][term], terms[2][term], terms[3][term]);
       }
     }
-    auto stage_u = [&](int64_t row, int buffer) {
-      auto u = [&](int i, int rank) {
-        float sum = 0;
-        if (row + i < end && p.rank0 + rank < p.r)
-          for (int part = 0; part < p.u_part_count; part++) sum += p.u_parts[((int64_t)part * p.m + row + i) * p.r + p.rank0 + rank];
-        return sum;
-      };
-      uint4* to = left + buffer * LEFT;
-      if (p.da_parts) left_fragments<FINE>(to, RANK_TILES, u);
-      if (p.dx) {
-        for (int i = threadIdx.x; i < RANK_TILES * 32; i += blockDim.x) {
-          int l = i % 32, tile = i / 32;
-          uint32_t f[4][UT];
-          UNROLL for (int part = 0; part < 4; part++) {
-            int at = 8 * (part % 2) + l / 4, rank = 16 * tile + 8 * (part / 2) + 2 * (l % 4);
-            split2<UT>(u(at, rank), u(at, rank + 1), f[part]);
-          }
-          UNROLL for (int term = 0; term < UT; term++)
-            to[OUTER + (tile * UT + term) * 32 + l] = make_uint4(f[0][term], f[1][term], f[2][term], f[3][term]);
-        }
-      }
-    };
-    stage_u(row0, 0);
-    __syncthreads();
     float da[2][4][RANK_TILES][4] = {};
-    int buffer = 0;
-    for (int64_t row = row0; row < end; row += 16, buffer ^= 1) {
-      stage_u(row + 16, buffer ^ 1);
-      const uint4* fragments = left + buffer * LEFT;
+    for (int64_t row = row0; row < end; row += 16) {
+      int segment_tile = (int)(row - row0) / 16 % SEGMENT;
+      if (segment_tile == 0) {
+        auto u = [&](int i, int rank) {
+          float sum = 0;
+          if (row + i < end && p.rank0 + rank < p.r)
+            _Pragma("unroll 4") for (int part = 0; part < p.u_part_count; part++) sum += p.u_parts[((int64_t)part * p.m + row + i) * p.r + p.rank0 + rank];
+          return sum;
+        };
+        __syncthreads();
+        if (p.da_parts) left_fragments<true, FINE>(left, SEGMENT, RANK_TILES, u);
+        if (p.dx) left_fragments<false, UT>(left_dx, SEGMENT, RANK_TILES, u);
+        __syncthreads();
+      }
       if (p.da_parts) tiles.wait();
       UNROLL for (int chunk = 0; chunk < 2; chunk++) {
         int column = column0 + 32 * chunk + 8 * t;
@@ -296,13 +289,13 @@ template <class T, class W, int NR, bool VEC> struct Input {
             if (p.dropout.on) keep8<T>(e, kept[half]);
             split8<T, XT>(e, x[half]);
           }
-          outer<T, RANK_TILES>(da[chunk], fragments, x[0], x[1]);
+          outer<T, RANK_TILES>(da[chunk], left + segment_tile * OUTER, x[0], x[1]);
         }
         if (p.dx) {
           float acc[4][4] = {};
           UNROLL for (int tile = 0; tile < RANK_TILES; tile++) {
             uint4 u[UT];
-            UNROLL for (int i = 0; i < UT; i++) u[i] = fragments[OUTER + (tile * UT + i) * 32 + lane];
+            UNROLL for (int i = 0; i < UT; i++) u[i] = left_dx[segment_tile * LEFT + (tile * UT + i) * 32 + lane];
             UNROLL for (int o = 0; o < AT; o++) {
               const uint4* a = at + ((chunk * RANK_TILES + tile) * 2 * AT + o) * 32 + lane;
               uint4 b0 = a[0], b1 = a[AT * 32];
@@ -321,7 +314,6 @@ template <class T, class W, int NR, bool VEC> struct Input {
         }
       }
       if (p.da_parts) tiles.advance();
-      __syncthreads();
     }
     if (VEC) copy_wait<0>();
     if (p.da_parts) store_outer<VEC, RANK_TILES>(p.da_parts + (int64_t)blockIdx.y * p.r * p.k, da, p.r, p.rank0, RANKS, p.k, column0);
