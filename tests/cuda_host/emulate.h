@@ -107,6 +107,8 @@ inline float from_f16(uint16_t v) { _Float16 h; memcpy(&h, &v, 2); return (float
 
 inline float __shfl_sync(uint32_t, float v, int lane) { return __uint_as_float(exchange({__float_as_uint(v)})[lane][0]); }
 inline float __shfl_xor_sync(uint32_t, float v, int mask) { return __shfl_sync(0, v, threadIdx.x % 32 ^ mask); }
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 inline void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto all = exchange({a0, a1, a2, a3, b0, b1, 0, 0});
   auto at = [](uint32_t pair, int i) { return bf16_of(i % 2 ? pair >> 16 : pair & 0xffff); };

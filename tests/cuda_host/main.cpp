@@ -145,7 +145,7 @@ template <class T, class W, int NR, int MT, bool VEC> void check(const char* typ
   {
     typedef Input<T, W, NR, VEC> In;
     InputArgs p = {x.data(), a.data(), u_parts.data(), wide ? (void*)dx32.data() : (void*)dx.data(), da_parts.data(), m, dropout_of(on), k, r, 0, n_blocks, rows, stages, kept, wide, add};
-    size_t shared = warps * 2 * In::RANK_TILES * In::AT * 1024 + In::SEGMENT * In::RANK_TILES * (FINE + In::UT) * 512 + warps * stages * Tiles<T, VEC>::ITEMS * 512;
+    size_t shared = warps * 2 * In::RANK_TILES * In::AT * 1024 + In::SEGMENT * (In::RANK_TILES * (FINE + In::UT) * 512 + 64 * In::PITCH) + warps * stages * Tiles<T, VEC>::ITEMS * 512;
     launch({k_blocks, row_blocks}, warps * 32, shared, reversed, [&](unsigned char* shared) { In::run(p, shared); });
     if (wide) compare("dx", name, dx32, want_dx);
     else compare("dx", name, dx, want_dx);

@@ -35,6 +35,18 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+// Programmatic dependent launch (compute capability 9.0; a launch without the attribute makes both do nothing): the next kernel's
+// blocks may start where there is room, and wait until this one's results are there.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // (low, high) rounded to bf16.
 __device__ __forceinline__ uint32_t to_bf16x2(float low, float high) {
   uint32_t d;

@@ -167,7 +167,7 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
         pack_b(ahead[step], b[step]);
         if (AHEAD) ahead[step] = read_b(p, column_of(p, i + 1), end(p), step);
       }
-      UNROLL for (int mt = 0; mt < MT; mt++) {
+      _Pragma("unroll 1") for (int mt = 0; mt < MT; mt++) {
         float acc[4][4] = {};
         UNROLL for (int step = 0; step < STEPS; step++) multiply(acc, fragments + (mt * steps + step) * HT * 32, b[step]);
         if (!STEPS)
@@ -181,6 +181,8 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
   }
 
   static __device__ __forceinline__ void run(const ForwardArgs& p, unsigned char* shared) {
+    wait_for_previous();
+    let_next_start();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     int64_t row0 = (int64_t)blockIdx.x * ROWS;
     int steps = STEPS ? STEPS : (p.r + 15) / 16;
@@ -190,7 +192,7 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
     float* sums = (float*)work;  // [warps][ROWS][RANKS], in the place of the ring and the buffers
     unsigned char* buffer = work + warp * AT * 32 * PITCH;
     uint4* ring = (uint4*)(work + warps * AT * 32 * PITCH) + warp * p.stages * ITEMS * 32;
-    for (int rank0 = 0; rank0 < p.r; rank0 += RANKS) {
+    for (int rank0 = 0; rank0 < (STEPS ? RANKS : p.r); rank0 += RANKS) {
       if (!p.parts) {
         float acc[MT][NR][4] = {};
         down(p, buffer, ring, row0, rank0, acc);
@@ -287,6 +289,8 @@ template <class T, class W, int RANKS, int ROWS> struct Short {
   }
 
   static __device__ __forceinline__ void run(const ForwardArgs& p, float (*shared)[SUMS]) {
+    wait_for_previous();
+    let_next_start();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int64_t row0 = (int64_t)blockIdx.x * ROWS;
     int column = blockIdx.y * p.column_span + 4 * threadIdx.x, end = least(p.n, (blockIdx.y + 1) * p.column_span);

@@ -164,10 +164,12 @@ template <class T, class W, int NR, bool VEC> struct Output {
     uint4* left = (uint4*)(bt + BT * RANKS * pitch);
     float* sums = (float*)(left + SEGMENT * RANK_TILES * FINE * 32);
     uint4* ring = (uint4*)(sums + 2 * warps * 16 * RANKS) + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
+    wait_for_previous();
+    let_next_start();
     Tiles<T, VEC> tiles(p.g, ring, p.m, row0, end, p.n, column0, p.stages);
     if (p.u_parts) {
       int eighths = warps * WARP_COLUMNS / 8;
-      for (int i = threadIdx.x; i < RANKS * eighths; i += blockDim.x) {
+      _Pragma("unroll 4") for (int i = threadIdx.x; i < RANKS * eighths; i += blockDim.x) {
         int rank = p.rank0 + i / eighths, column = block_column + i % eighths * 8;
         Eight<W> e = load8<W>((const A*)p.b + (int64_t)rank * p.n + column, rank < p.r ? p.n - column : 0, p.b_vec);
         uint32_t terms[BT][4];
@@ -231,21 +233,38 @@ template <class T, class W, int NR, bool VEC> struct Output {
 };
 
 template <class T, class W, int NR, bool VEC> struct Input {
-  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, SEGMENT = segment_tiles<NR>(), XT = T::TERMS;
+  static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, SEGMENT = segment_tiles<NR>(), PITCH = 16 * RANK_TILES, XT = T::TERMS;
   static constexpr int UT = T::UP, AT = least(W::TERMS, T::UP);
   typedef typename W::Raw A;
+
+  // u of a segment's rows, zeros beyond the block's rows and the ranks.
+  static __device__ __forceinline__ void sum_parts(const InputArgs& p, float* sums, int64_t row, int64_t end) {
+    constexpr int EACH = 8;  // elements of a thread whose loads are in flight together
+    for (int i0 = threadIdx.x; i0 < SEGMENT * 16 * PITCH; i0 += EACH * blockDim.x) {
+      float sum[EACH] = {};
+      for (int part = 0; part < p.u_part_count; part++)
+        UNROLL for (int e = 0; e < EACH; e++) {
+          int i = i0 + e * blockDim.x, rank = i % PITCH;
+          int64_t at = row + i / PITCH;
+          if (at < end && rank < RANKS && p.rank0 + rank < p.r && i < SEGMENT * 16 * PITCH) sum[e] += p.u_parts[((int64_t)part * p.m + at) * p.r + p.rank0 + rank];
+        }
+      UNROLL for (int e = 0; e < EACH; e++)
+        if (i0 + e * (int)blockDim.x < SEGMENT * 16 * PITCH) sums[i0 + e * blockDim.x] = sum[e];
+    }
+  }
 
   static __device__ __forceinline__ void run(const InputArgs& p, unsigned char* shared) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     int column0 = (blockIdx.x * warps + warp) * WARP_COLUMNS;
     int64_t row0 = (int64_t)blockIdx.y * p.rows, end = row0 + p.rows < p.m ? row0 + p.rows : p.m;
     // Shared memory: A of the warps' columns as right operand of dx, by the warp that uses it; a segment of u's fragments
-    // for dA and one for dx; the ring.
+    // for dA and one for dx, and of u; the ring.
     constexpr int OUTER = RANK_TILES * FINE * 32, LEFT = RANK_TILES * UT * 32;
     uint4* at = (uint4*)shared + warp * 2 * RANK_TILES * AT * 64;
     uint4* left = (uint4*)shared + warps * 2 * RANK_TILES * AT * 64;
     uint4* left_dx = left + SEGMENT * OUTER;
-    uint4* ring = left_dx + SEGMENT * LEFT + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
+    float* sums = (float*)(left_dx + SEGMENT * LEFT);
+    uint4* ring = left_dx + SEGMENT * LEFT + SEGMENT * 16 * PITCH / 4 + warp * p.stages * Tiles<T, VEC>::ITEMS * 32;
     Tiles<T, VEC> tiles(p.da_parts ? p.x : nullptr, ring, p.m, row0, end, p.k, column0, p.stages);
     if (p.dx) {
       for (int i = 0; i < 2 * RANK_TILES * 2; i++) {
@@ -261,17 +280,16 @@ template <class T, class W, int NR, bool VEC> struct Input {
           at[(i * AT + term) * 32 + lane] = make_uint4(terms[0][term], terms[1][term], terms[2][term], terms[3][term]);
       }
     }
+    wait_for_previous();  // x and A are older than the kernel that makes u
+    let_next_start();
     float da[2][4][RANK_TILES][4] = {};
     for (int64_t row = row0; row < end; row += 16) {
       int segment_tile = (int)(row - row0) / 16 % SEGMENT;
       if (segment_tile == 0) {
-        auto u = [&](int i, int rank) {
-          float sum = 0;
-          if (row + i < end && p.rank0 + rank < p.r)
-            _Pragma("unroll 4") for (int part = 0; part < p.u_part_count; part++) sum += p.u_parts[((int64_t)part * p.m + row + i) * p.r + p.rank0 + rank];
-          return sum;
-        };
         __syncthreads();
+        sum_parts(p, sums, row, end);
+        __syncthreads();
+        auto u = [&](int i, int rank) { return sums[i * PITCH + rank]; };
         if (p.da_parts) left_fragments<true, FINE>(left, SEGMENT, RANK_TILES, u);
         if (p.dx) left_fragments<false, UT>(left_dx, SEGMENT, RANK_TILES, u);
         __syncthreads();
@@ -330,6 +348,7 @@ struct ReduceArgs {
 
 // to (+)= scale * sum of parts, in the order of the parts. blockIdx.y: which of the two.
 __device__ __forceinline__ void reduce(const ReduceArgs& p) {
+  wait_for_previous();
   int which = blockIdx.y, columns = p.columns[which];
   if (!p.to[which]) return;
   int64_t size = (int64_t)p.r * columns;
