@@ -32,8 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..TrainerOptions::default()
     };
     let folder = tempfile::tempdir()?;
-    let mut trainer =
-        Trainer::new(&model, &train, Some(&valid), options, folder.path(), From::Scratch, &Device::Cpu)?;
+    let mut trainer = Trainer::new(&model, &train, Some(&valid), options, folder.path(), From::Scratch, &Device::Cpu)?;
     let summary = trainer.run(&mut |event| {
         match event {
             Event::Report(report) => println!("step {:4}  loss {:.4}", report.step, report.loss),

@@ -5,5 +5,6 @@ mod cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    metal_candle::backend::cpu::memory::keep_freed();
     cli::run()
 }

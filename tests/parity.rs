@@ -43,7 +43,8 @@ impl Fixture {
         let (rows, labels) = (self.json["rows"].as_array().unwrap(), self.json["labels"].as_array().unwrap());
         for (row, labels) in rows.iter().zip(labels) {
             let row: Vec<u32> = row.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
-            let labels = labels.as_array().unwrap().iter().map(|id| u32::try_from(id.as_i64().unwrap()).unwrap_or(IGNORE));
+            let labels =
+                labels.as_array().unwrap().iter().map(|id| u32::try_from(id.as_i64().unwrap()).unwrap_or(IGNORE));
             // transformers keeps the label at the token's own place.
             batch.targets.extend(labels.skip(1).chain([IGNORE]));
             batch.lengths.push(row.len());
@@ -106,8 +107,7 @@ fn logits_gradients_and_three_steps() {
         let logits = distance(&decoder.logits(&batch).unwrap(), &fixture.tensors["logits"]);
         assert!(logits < TOLERANCE, "{name}: logits differ by {logits}");
 
-        let optimizer =
-            AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        let optimizer = AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
         let mut worst = 0.0f64;
         for step in 1..=3 {
             params.zero_gradients().unwrap();

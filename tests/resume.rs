@@ -55,7 +55,8 @@ fn killed_runs_continue_bit_for_bit() {
     let (mut kills, mut checked) = (0, 0);
     while kills < KILLS {
         let mut child = start(&model, &data, &stopped);
-        let word = metal_candle::backend::dropout::philox([kills as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
+        let word =
+            metal_candle::backend::dropout::philox([kills as u32, 0, 0, 0], [seed as u32, (seed >> 32) as u32])[0];
         std::thread::sleep(Duration::from_secs_f64(seconds * 0.6 * word as f64 / 4_294_967_296.0));
         let ended = child.try_wait().unwrap().is_some();
         if !ended {

@@ -13,8 +13,8 @@ pub mod linear;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
-pub(crate) mod support;
 pub mod swiglu;
+mod tape;
 
 pub use attention::attention;
 pub use cross_entropy::cross_entropy;

@@ -4,6 +4,8 @@
 //! 64-bit seed; the counter is (element index / 4 as 64 bits, stream as 64 bits); element `i` takes word `i % 4`. The Metal
 //! and CUDA kernels draw the same words.
 
+use super::cpu::simd;
+
 /// One Philox4x32-10 block: four uniform 32-bit words for one counter and key.
 #[inline(always)]
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
@@ -19,6 +21,22 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
+}
+
+/// [`philox`] of N counters, word by word.
+#[inline(always)]
+fn philox_many<const N: usize>(words: &mut [[u32; N]; 4], mut key: [u32; 2]) {
+    for _ in 0..10 {
+        for lane in 0..N {
+            let first = 0xD251_1F53_u64 * words[0][lane] as u64;
+            let second = 0xCD9E_8D57_u64 * words[2][lane] as u64;
+            words[0][lane] = (second >> 32) as u32 ^ words[1][lane] ^ key[0];
+            words[1][lane] = second as u32;
+            words[2][lane] = (first >> 32) as u32 ^ words[3][lane] ^ key[1];
+            words[3][lane] = first as u32;
+        }
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
 }
 
 /// Inverted dropout, as PEFT applies it to the input of an adapter: an element is kept with probability `1 - p` and then
@@ -44,6 +62,48 @@ impl Dropout {
         if words[(index % 4) as usize] < self.threshold() { 0.0 } else { 1.0 / (1.0 - self.p) }
     }
 
+    /// Multiplies `values` with the factors of the elements from `start` on, on this thread.
+    pub fn apply(&self, start: u64, values: &mut [f32]) {
+        /// Blocks drawn at once, so that each step of the generator is a few wide instructions.
+        const BLOCKS: usize = 16;
+        let (threshold, kept) = (self.threshold(), 1.0 / (1.0 - self.p));
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        let factor = |word: u32| if word < threshold { 0.0 } else { kept };
+        // Up to the first whole block, and after the last: one element at a time.
+        let head = (start.next_multiple_of(4) - start).min(values.len() as u64) as usize;
+        let (head, body) = values.split_at_mut(head);
+        for (index, value) in (start..).zip(head.iter_mut()) {
+            *value *= self.factor(index);
+        }
+        let mut block = start.div_ceil(4);
+        let mut chunks = body.chunks_exact_mut(4 * BLOCKS);
+        for chunk in chunks.by_ref() {
+            simd(
+                #[inline(always)]
+                || {
+                    let mut words = [[0_u32; BLOCKS]; 4];
+                    for lane in 0..BLOCKS {
+                        let block = block + lane as u64;
+                        words[0][lane] = block as u32;
+                        words[1][lane] = (block >> 32) as u32;
+                        words[2][lane] = self.stream as u32;
+                        words[3][lane] = (self.stream >> 32) as u32;
+                    }
+                    philox_many(&mut words, key);
+                    for (lane, four) in chunk.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                        for (value, words) in four.iter_mut().zip(&words) {
+                            *value *= factor(words[lane]);
+                        }
+                    }
+                },
+            );
+            block += BLOCKS as u64;
+        }
+        for (index, value) in (4 * block..).zip(chunks.into_remainder()) {
+            *value *= self.factor(index);
+        }
+    }
+
     /// `p · 2³²`, rounded down.
     #[inline(always)]
     pub fn threshold(&self) -> u32 {
@@ -54,6 +114,20 @@ impl Dropout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// From any start, for any length, past 2³² elements too.
+    #[test]
+    fn many_factors_are_the_single_ones() {
+        let dropout = Dropout { p: 0.4, seed: 0x1234_5678_9abc, stream: 7 << 32 | 9 };
+        for start in [0, 1, 3, 64, (1 << 34) - 30] {
+            for len in [0, 1, 2, 5, 64, 300] {
+                let mut values = vec![1.0; len];
+                dropout.apply(start, &mut values);
+                let want: Vec<f32> = (start..start + len as u64).map(|index| dropout.factor(index)).collect();
+                assert_eq!(values, want, "from {start}, {len} elements");
+            }
+        }
+    }
 
     /// Known answers of the Random123 library's test vectors (kat_vectors, philox4x32 10).
     #[test]

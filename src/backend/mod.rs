@@ -5,4 +5,5 @@ pub mod cuda;
 pub mod custom_ops;
 pub mod dropout;
 pub mod fallback;
+pub mod metal;
 pub mod reference;

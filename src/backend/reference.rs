@@ -3,7 +3,12 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+#[cfg(test)]
+mod differences;
 pub mod embedding;
+pub mod fused_lora;
+pub mod linear;
+pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

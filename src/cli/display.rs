@@ -115,7 +115,8 @@ impl Display {
     }
 
     fn report(&mut self, report: &Report) {
-        let Report { step, total, loss, learning_rate, tokens_per_second, steps_per_second, trained_tokens, .. } = report;
+        let Report { step, total, loss, learning_rate, tokens_per_second, steps_per_second, trained_tokens, .. } =
+            report;
         let left = Duration::from_secs_f64((total - step) as f64 / steps_per_second);
         let peak = peak_memory();
         if self.bar.is_none() {

@@ -28,7 +28,9 @@ impl Metrics {
     /// Opens the file for a run that goes on after `step`; lines of later steps, which will be done again, are dropped.
     pub fn start(&mut self, step: usize) -> Result<()> {
         let kept: String = match fs::read_to_string(&self.path) {
-            Ok(text) if step > 0 => text.lines().filter(|line| step_of(line) <= step).map(|line| format!("{line}\n")).collect(),
+            Ok(text) if step > 0 => {
+                text.lines().filter(|line| step_of(line) <= step).map(|line| format!("{line}\n")).collect()
+            }
             _ => String::new(),
         };
         fs::write(&self.path, kept).map_err(Error::io(&self.path))?;

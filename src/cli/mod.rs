@@ -1,9 +1,14 @@
 //! The command line: one file a subcommand.
 
+mod chat;
 mod demo;
 mod device;
 mod display;
+mod eval;
+mod generate;
+mod info;
 mod metrics;
+mod model;
 mod plot;
 mod settings;
 mod train;
@@ -26,6 +31,14 @@ struct Cli {
 enum Command {
     /// Fine-tune a model; without arguments, the one that ships with the program
     Train(Box<train::Train>),
+    /// Answer a prompt
+    Generate(Box<generate::Generate>),
+    /// Talk with a model
+    Chat(Box<chat::Chat>),
+    /// Measure a model on data: loss, perplexity, exact match
+    Eval(Box<eval::Eval>),
+    /// Tell what this program can do here, and what a model or an adapter is
+    Info(info::Info),
 }
 
 /// What a subcommand returns; the error is printed once by [`run`].
@@ -34,9 +47,18 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Parses the arguments and runs the subcommand. Usage errors end with 2, failures with 1.
 pub fn run() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
     let outcome = match Cli::parse().command {
         Command::Train(args) => args.run(),
+        Command::Generate(args) => args.run(),
+        Command::Chat(args) => args.run(),
+        Command::Eval(args) => args.run(),
+        Command::Info(args) => args.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -24,7 +24,8 @@ pub fn write(path: &Path, metrics: &Path) -> Result<()> {
 fn draw(path: &Path, train: &[(f64, f64)], valid: &[(f64, f64)]) -> Result<(), Box<dyn std::error::Error>> {
     let all = || train.iter().chain(valid);
     let last = all().map(|point| point.0).fold(1.0, f64::max);
-    let (low, high) = all().map(|point| point.1).fold((f64::MAX, f64::MIN), |(low, high), loss| (low.min(loss), high.max(loss)));
+    let (low, high) =
+        all().map(|point| point.1).fold((f64::MAX, f64::MIN), |(low, high), loss| (low.min(loss), high.max(loss)));
     let margin = ((high - low) * 0.05).max(1e-3);
 
     let root = SVGBackend::new(path, (800, 480)).into_drawing_area();

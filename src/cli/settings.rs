@@ -63,11 +63,16 @@ impl Settings {
     /// # Errors
     /// One error lists every unknown key of the file with the nearest known one; another says which value cannot be read.
     pub fn merge(flags: Map<String, Value>, file: Option<&Path>) -> Result<Self> {
+        let text = file.map(|path| std::fs::read_to_string(path).map_err(Error::io(path))).transpose()?;
+        Self::merge_text(flags, file.zip(text.as_deref()))
+    }
+
+    /// [`Settings::merge`] with the file's text at hand; the path is for messages.
+    pub fn merge_text(flags: Map<String, Value>, file: Option<(&Path, &str)>) -> Result<Self> {
         let mut merged = object(json!(RunSettings::default()));
         merged.extend(object(json!(TrainerOptions::default())));
-        if let Some(path) = file {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            let read: Map<String, Value> = serde_saphyr::from_str(&text)
+        if let Some((path, text)) = file {
+            let read: Map<String, Value> = serde_saphyr::from_str(text)
                 .map_err(|error| Error::file(path, format!("is not a YAML mapping: {error}")))?;
             let read = from_mlx(path, read)?;
             let unknown: Vec<String> = read
@@ -84,6 +89,7 @@ impl Settings {
             merged.extend(read);
         }
         merged.extend(flags);
+        let file = file.map(|(path, _)| path);
         let run = pick::<RunSettings>(&merged, &object(json!(RunSettings::default())), file)?;
         let trainer = pick::<TrainerOptions>(&merged, &object(json!(TrainerOptions::default())), file)?;
         Ok(Self { run, trainer })
@@ -159,7 +165,7 @@ fn from_mlx(path: &Path, mut read: Map<String, Value>) -> Result<Map<String, Val
 /// The known key with the fewest edits to this one, if they are few.
 fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a String> {
     let best = known.map(|name| (edits(&key.replace('-', "_"), name), name)).min()?;
-    (best.0 <= key.len() / 3).then_some(best.1)
+    (best.0 <= (key.len() / 3).max(2)).then_some(best.1)
 }
 
 /// Levenshtein's distance.

@@ -196,21 +196,24 @@ impl Train {
             _ => Map::new(),
         };
         let bare = self.config.is_none() && !flags.contains_key("model") && !flags.contains_key("data");
-        if bare && !self.dry_run {
-            return demo::run(flags);
-        }
-        let settings = Settings::merge(flags, self.config.as_deref())?;
+        let settings = if bare { demo::settings(flags)? } else { Settings::merge(flags, self.config.as_deref())? };
         settings.trainer.check()?;
         if self.dry_run {
             print!("{}", settings.to_yaml());
             return Ok(());
         }
-        run(&settings, interrupted()).map(drop)
+        if bare {
+            return demo::run(&settings);
+        }
+        run(&settings, &interrupt_flag(Some(FINISHING))).map(drop)
     }
 }
 
+/// What the first Ctrl-C of a training run says.
+pub const FINISHING: &str = "finishing this step and writing a checkpoint; Ctrl-C again to stop at once";
+
 /// One training run with its reports; returns what it came to.
-pub fn run(settings: &Settings, interrupted: Arc<AtomicBool>) -> Result<Summary, Box<dyn std::error::Error>> {
+pub fn run(settings: &Settings, interrupted: &AtomicBool) -> Result<Summary, Box<dyn std::error::Error>> {
     let run = &settings.run;
     let missing = |key: &str| Error::setting(format!("--{key}"), "is needed, as a flag or in the configuration file");
     let device = run.device.open()?;
@@ -243,18 +246,20 @@ pub fn run(settings: &Settings, interrupted: Arc<AtomicBool>) -> Result<Summary,
     Ok(summary)
 }
 
-/// Set by the first Ctrl-C; the second ends the program at once.
-pub fn interrupted() -> Arc<AtomicBool> {
+/// Set by Ctrl-C. With a message the first Ctrl-C prints it and the second ends the program at once.
+pub fn interrupt_flag(message: Option<&'static str>) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     let installed = ctrlc::set_handler(move || {
         if seen.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nfinishing this step and writing a checkpoint; Ctrl-C again to stop at once");
+        if let Some(message) = message {
+            eprintln!("\n{message}");
+        }
     });
     if let Err(error) = installed {
-        tracing::warn!("Ctrl-C will end the program without a checkpoint: {error}");
+        tracing::warn!("Ctrl-C will end the program at once: {error}");
     }
     flag
 }

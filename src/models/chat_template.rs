@@ -157,11 +157,8 @@ fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, ou
 fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let (year, month, day) = civil_from_days((seconds / 86_400) as i64);
-    const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-        "December",
-    ];
-    let name = MONTHS[month - 1];
+    const MONTHS: &str = "January February March April May June July August September October November December";
+    let name = MONTHS.split(' ').nth(month - 1).unwrap_or_default();
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(char) = chars.next() {
@@ -228,13 +225,16 @@ mod tests {
         let long = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}\
                     {% endfor %}";
         assert!(ChatTemplate::new(long, "", "").unwrap().render(&[], None, false).is_err());
-        assert!(ChatTemplate::new("{% include '/etc/passwd' %}", "", "").and_then(|t| t.render(&[], None, false)).is_err());
+        assert!(
+            ChatTemplate::new("{% include '/etc/passwd' %}", "", "").and_then(|t| t.render(&[], None, false)).is_err()
+        );
     }
 
     #[test]
     fn json_and_dates_are_written_as_python_does() {
         let tools = serde_json::json!([{"a": 1, "b": ["<é>", true, null], "c": {}}]);
-        let render = |source: &str| ChatTemplate::new(source, "", "").unwrap().render(&[], Some(&tools), false).unwrap();
+        let render =
+            |source: &str| ChatTemplate::new(source, "", "").unwrap().render(&[], Some(&tools), false).unwrap();
         assert_eq!(render("{{ tools | tojson }}"), r#"[{"a": 1, "b": ["<é>", true, null], "c": {}}]"#);
         assert_eq!(render("{{ tools[0].b | tojson(indent=2) }}"), "[\n  \"<é>\",\n  true,\n  null\n]");
         assert_eq!(civil_from_days(0), (1970, 1, 1));

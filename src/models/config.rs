@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::{Error, Result};
 
 /// How rotary frequencies are changed for longer contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -32,6 +32,8 @@ pub enum RopeScaling {
         /// The context that the model was first trained with.
         original_max_position_embeddings: usize,
     },
+    /// Each frequency divided by a number of its own, as GGUF files state Llama 3.1's scaling.
+    Divisors(Vec<f32>),
 }
 
 /// The sizes and variants of a model.
@@ -85,15 +87,27 @@ pub struct ModelConfig {
 const LARGEST: usize = 1 << 28;
 
 /// Keys that have no bearing on the forward pass as it is built here, or that are read elsewhere.
-const HARMLESS: &[&str] = &[
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range",
-    "attention_dropout", "pretraining_tp", "pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "_name_or_path",
-    "name_or_path", "is_llama_config", "rope_interleaved", "transformers.js_config", "return_dict", "output_attentions",
-    "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "problem_type",
-    "finetuning_task", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "max_window_layers", "_attn_implementation",
-    "auto_map", "use_return_dict", "max_length", "temperature", "top_p", "do_sample", "layer_types", "use_sliding_window",
-    "cross_attention_hidden_size", "gradient_checkpointing", "unsloth_version", "unsloth_fixed", "sep_token_id", "decoder_start_token_id",
-    "is_decoder", "attn_implementation", "hidden_dropout", "bad_words_ids", "torchscript", "quantization_config_backup",
+const HARMLESS: &str = "\
+    architectures model_type torch_dtype dtype transformers_version use_cache initializer_range \
+    attention_dropout pretraining_tp pad_token_id bos_token_id eos_token_id unk_token_id _name_or_path \
+    name_or_path is_llama_config transformers.js_config return_dict output_attentions \
+    output_hidden_states chunk_size_feed_forward id2label label2id task_specific_params problem_type \
+    finetuning_task max_window_layers \
+    _attn_implementation auto_map use_return_dict max_length temperature top_p do_sample layer_types \
+    use_sliding_window cross_attention_hidden_size gradient_checkpointing unsloth_version unsloth_fixed \
+    sep_token_id decoder_start_token_id is_decoder attn_implementation hidden_dropout bad_words_ids \
+    torchscript quantization_config_backup";
+
+/// What an object of rotary scaling may hold.
+const ROPE_KEYS: [&str; 8] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
 ];
 
 struct Reader<'a> {
@@ -210,12 +224,13 @@ impl ModelConfig {
         };
         config.read_rope(&mut reader);
         config.read_window(&mut reader, windows);
-        if let Some(act) = reader.value("hidden_act").filter(|act| !["silu", "swish"].contains(&act.as_str().unwrap_or("")))
+        if let Some(act) =
+            reader.value("hidden_act").filter(|act| !["silu", "swish"].contains(&act.as_str().unwrap_or("")))
         {
             let problem = format!("hidden_act is {act}; only silu is known");
             reader.problems.push(problem);
         }
-        if num_heads % num_kv_heads != 0 {
+        if !num_heads.is_multiple_of(num_kv_heads) {
             let problem = format!("{num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly");
             reader.problems.push(problem);
         }
@@ -229,8 +244,14 @@ impl ModelConfig {
             let advice = "take the model's unquantized files or a GGUF file";
             reader.problems.push(format!("quantization_config is set, and such weights are not read; {advice}"));
         }
-        let known = |key: &str| reader.read.contains(&key) || HARMLESS.contains(&key) || key == "quantization_config";
-        let idle = |value: &Value| value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty);
+        let known = |key: &str| {
+            reader.read.contains(&key)
+                || HARMLESS.split_whitespace().any(|harmless| harmless == key)
+                || key == "quantization_config"
+        };
+        let idle = |value: &Value| {
+            value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty)
+        };
         let strange: Vec<&str> =
             map.iter().filter(|(key, value)| !known(key) && !idle(value)).map(|(key, _)| key.as_str()).collect();
         if !strange.is_empty() {
@@ -245,9 +266,10 @@ impl ModelConfig {
     pub fn inv_freq(&self) -> Vec<f32> {
         let base = self.rope_theta;
         let plain = (0..self.head_dim / 2).map(|i| 1.0 / base.powf(2.0 * i as f64 / self.head_dim as f64));
-        let scaled = plain.map(|frequency| match self.rope_scaling {
+        let scaled = plain.enumerate().map(|(i, frequency)| match self.rope_scaling {
             RopeScaling::None => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Divisors(ref divisors) => frequency / divisors.get(i).map_or(1.0, |&divisor| divisor as f64),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
                 let (context, wavelength) = (original_max_position_embeddings as f64, 2.0 * PI / frequency);
                 if wavelength < context / high_freq_factor {
@@ -304,7 +326,14 @@ impl ModelConfig {
     fn read_rope(&mut self, reader: &mut Reader) {
         let new = reader.value("rope_parameters").cloned();
         let old = reader.value("rope_scaling").cloned();
-        let Some(Value::Object(map)) = new.or(old) else { return };
+        let map = match new.or(old) {
+            None => return,
+            Some(Value::Object(map)) => map,
+            Some(other) => {
+                reader.problems.push(format!("the rotary scaling is {other}; it must be an object"));
+                return;
+            }
+        };
         let number = |key: &str| map.get(key).and_then(Value::as_f64).filter(|number| *number > 0.0);
         if let Some(theta) = number("rope_theta") {
             self.rope_theta = theta;
@@ -322,7 +351,9 @@ impl ModelConfig {
                 })
             })(),
             _ => {
-                reader.problems.push(format!("the rotary scaling '{kind}' is not known; default, linear and llama3 are"));
+                reader
+                    .problems
+                    .push(format!("the rotary scaling '{kind}' is not known; default, linear and llama3 are"));
                 return;
             }
         };
@@ -333,12 +364,26 @@ impl ModelConfig {
         if number("partial_rotary_factor").is_some_and(|factor| factor != 1.0) {
             reader.problems.push("partial_rotary_factor is set; only whole heads are rotated here".to_string());
         }
+        let strange: Vec<&str> = map.keys().map(String::as_str).filter(|key| !ROPE_KEYS.contains(key)).collect();
+        if !strange.is_empty() {
+            reader.problems.push(format!("not understood of the rotary scaling: {}", strange.join(", ")));
+        }
     }
 
     /// Mistral has the window in all layers; Qwen2 and Qwen3 have it from `max_window_layers` on when `use_sliding_window`
     /// says so. `layer_types` states the same layer by layer and must agree with such a split.
     fn read_window(&mut self, reader: &mut Reader, windows: bool) {
-        let window = reader.value("sliding_window").and_then(Value::as_u64).map(|window| window as usize);
+        let window = reader.value("sliding_window").map(|window| (window.as_u64(), window.to_string()));
+        if let Some((None, text)) = &window {
+            reader.problems.push(format!("sliding_window is {text}; it must be a whole number"));
+        }
+        let window = window.and_then(|(window, _)| usize::try_from(window?).ok());
+        let kinds = reader.map.get("layer_types").and_then(Value::as_array);
+        let unknown =
+            |kind: &&Value| !["full_attention", "sliding_attention"].contains(&kind.as_str().unwrap_or_default());
+        if let Some(kind) = kinds.and_then(|kinds| kinds.iter().find(unknown)) {
+            reader.problems.push(format!("layer_types has {kind}; full_attention and sliding_attention are known"));
+        }
         let (map, qwen) = (reader.map, self.model_type.starts_with("qwen"));
         let used = !qwen || map.get("use_sliding_window").and_then(Value::as_bool).unwrap_or(false);
         let Some(window) = window.filter(|_| used) else { return };
@@ -359,7 +404,9 @@ impl ModelConfig {
         let sliding: Vec<bool> = types.iter().map(|kind| kind.as_str() == Some("sliding_attention")).collect();
         let from = sliding.iter().position(|&sliding| sliding).unwrap_or(self.num_layers);
         if sliding.len() != self.num_layers || sliding[from.min(sliding.len())..].contains(&false) {
-            reader.problems.push("layer_types mixes full and sliding attention in an order that is not known".to_string());
+            reader
+                .problems
+                .push("layer_types mixes full and sliding attention in an order that is not known".to_string());
         }
         self.sliding_window_from_layer = from;
     }

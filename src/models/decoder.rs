@@ -89,8 +89,7 @@ impl Decoder {
                 Ok::<_, Error>(Linear { weight, bias, adapter: None })
             };
             let [q, k, v, o, gate, up, down] = LINEAR_NAMES;
-            let (q, k, v) =
-                (linear(q, config.qkv_bias)?, linear(k, config.qkv_bias)?, linear(v, config.qkv_bias)?);
+            let (q, k, v) = (linear(q, config.qkv_bias)?, linear(k, config.qkv_bias)?, linear(v, config.qkv_bias)?);
             let o = linear(o, config.o_bias)?;
             let (gate, up, down) =
                 (linear(gate, config.mlp_bias)?, linear(up, config.mlp_bias)?, linear(down, config.mlp_bias)?);
@@ -163,13 +162,8 @@ impl Decoder {
 
         let (hidden, rstd) = rms_norm::forward(&x, &self.norm.value, self.config.rms_norm_eps)?;
         let head = self.head();
-        let (loss, d_hidden) = cross_entropy::forward_backward(
-            &hidden,
-            &head.value,
-            &batch.targets,
-            pass.scale,
-            head.grad.as_ref(),
-        )?;
+        let (loss, d_hidden) =
+            cross_entropy::forward_backward(&hidden, &head.value, &batch.targets, pass.scale, head.grad.as_ref())?;
         let mut g = x.zeros_like()?;
         rms_norm::backward(&x, &self.norm.value, &rstd, &d_hidden, &g, self.norm.grad.as_ref())?;
         drop((x, hidden, d_hidden));
@@ -206,6 +200,16 @@ impl Decoder {
         let (hidden, _) = rms_norm::forward(&last, &self.norm.value, self.config.rms_norm_eps)?;
         let logits = linear::forward(&hidden, &self.head().value, None)?;
         Ok(logits.flatten_all()?.to_dtype(candle_core::DType::F32)?)
+    }
+
+    /// The dtype of the activations: the embedding's.
+    pub fn dtype(&self) -> candle_core::DType {
+        self.embedding.value.dtype()
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.value.device()
     }
 
     /// The linears that can carry an adapter, by module path (`model.layers.0.self_attn.q_proj`).

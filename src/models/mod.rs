@@ -4,6 +4,8 @@ pub mod block;
 pub mod chat_template;
 pub mod config;
 pub mod decoder;
+pub mod gguf;
+pub mod hub;
 pub mod linear;
 pub mod tokenizer;
 pub mod weights;
@@ -16,6 +18,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use chat_template::Message;
 pub use config::{ModelConfig, RopeScaling};
+pub use hub::Hub;
 pub use tokenizer::TextTokenizer;
 
 use crate::{Error, Result};
@@ -35,22 +38,53 @@ pub struct ModelFiles {
 #[derive(Debug)]
 enum Source {
     Folder(PathBuf),
+    Gguf(PathBuf),
 }
 
 /// What a folder may hold of the tokenizer; copied beside weights that are saved.
 const TOKENIZER_FILES: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
+const NOT_SAVED: &str = "a model from a GGUF file is not written out again; train an adapter on it, or take the folder with the \
+                         safetensors that it was made from";
+
 impl ModelFiles {
-    /// Opens a folder in Hugging Face's layout.
+    /// Opens a folder in Hugging Face's layout, a GGUF file, or a model of the hub by its name (`owner/name` or
+    /// `owner/name@revision`), as the environment says ([`Hub::from_env`]).
     pub fn open(name: &str) -> Result<Self> {
         let path = Path::new(name);
-        if !path.is_dir() {
-            return Err(Error::file(path, "is not a folder with a model"));
+        if path.is_file() {
+            if !gguf::is_gguf(path)? {
+                return Err(Error::file(path, "is not a GGUF file; a model is one, or a folder with config.json"));
+            }
+            let (config, tokenizer) = gguf::open(path)?;
+            return Self::checked(name, config, tokenizer, Source::Gguf(path.to_path_buf()));
         }
-        let config = ModelConfig::from_json(&path.join("config.json"))?;
-        let tokenizer = TextTokenizer::from_folder(path, &config.eos_token_ids)?;
-        Self::checked(name, config, tokenizer, Source::Folder(path.to_path_buf()))
+        if path.is_dir() {
+            return Self::from_folder(name, path);
+        }
+        if hub::is_name(name) {
+            return Self::from_hub(name, &Hub::from_env()?);
+        }
+        Err(Error::file(path, "is not there; a model is a folder, a GGUF file, or owner/name on the hub"))
+    }
+
+    /// Opens a model of the hub, downloading what is not in the cache.
+    pub fn from_hub(name: &str, hub: &Hub) -> Result<Self> {
+        Self::from_folder(name, &hub.fetch(name)?)
+    }
+
+    fn from_folder(name: &str, folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        if !path.exists() {
+            let files = fs::read_dir(folder).map_err(Error::io(folder))?.flatten();
+            let gguf = files.map(|file| file.path()).find(|path| path.extension().is_some_and(|end| end == "gguf"));
+            let advice = gguf.map(|file| format!("; give the file {} itself", file.display())).unwrap_or_default();
+            return Err(Error::file(folder, format!("has no config.json{advice}")));
+        }
+        let config = ModelConfig::from_json(&path)?;
+        let tokenizer = TextTokenizer::from_folder(folder, &config.eos_token_ids)?;
+        Self::checked(name, config, tokenizer, Source::Folder(folder.to_path_buf()))
     }
 
     /// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.
@@ -60,6 +94,7 @@ impl ModelFiles {
     pub fn weights(&self, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
         match &self.source {
             Source::Folder(folder) => weights::load(folder, &self.config, dtype, device),
+            Source::Gguf(file) => gguf::load(file, &self.config, dtype, device),
         }
     }
 
@@ -67,16 +102,21 @@ impl ModelFiles {
     pub fn check_can_save(&self) -> Result<()> {
         match &self.source {
             Source::Folder(_) => Ok(()),
+            Source::Gguf(file) => Err(Error::file(file, NOT_SAVED)),
         }
     }
 
     /// Writes a folder with these weights in the dtype of this model's own, its configuration and tokenizer. Each file is
     /// written beside and renamed.
     pub fn save_with_weights(&self, weights: HashMap<String, Tensor>, folder: &Path) -> Result<()> {
-        let Source::Folder(source) = &self.source;
+        let source = match &self.source {
+            Source::Folder(source) => source,
+            Source::Gguf(file) => return Err(Error::file(file, NOT_SAVED)),
+        };
         let dtype = weights::dtype(source)?;
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let cast = weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?)));
+        let cast =
+            weights.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?)));
         let cast = cast.collect::<Result<HashMap<String, Tensor>>>()?;
         let path = folder.join("model.safetensors");
         crate::training::files::write_atomically(&path, |file| {

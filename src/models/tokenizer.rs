@@ -9,6 +9,9 @@ use super::chat_template::{ChatTemplate, Message};
 use super::config::read_json;
 use crate::{Error, Result};
 
+/// Where a token begins and ends in a text, in bytes.
+pub type Span = (usize, usize);
+
 /// A model's tokenizer.
 #[derive(Debug, Clone)]
 pub struct TextTokenizer {
@@ -36,7 +39,10 @@ impl TextTokenizer {
         if !path.exists() {
             return Err(Error::file(folder, "has no tokenizer.json"));
         }
-        let inner = Tokenizer::from_file(&path).map_err(|error| Error::file(&path, error.to_string()))?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        // tokenizers 0.23 panics on JSON that is broken within its decoder.
+        serde_json::from_slice::<Value>(&bytes).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+        let inner = Tokenizer::from_bytes(bytes).map_err(|error| Error::file(&path, error.to_string()))?;
         let mut special = SpecialTokens::default();
         let config = folder.join("tokenizer_config.json");
         if config.exists() {
@@ -82,7 +88,7 @@ impl TextTokenizer {
     }
 
     /// [`TextTokenizer::encode`] with the range of the text's bytes that each token covers.
-    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<Span>)> {
         let encoding = self.inner.encode(text, add_special_tokens).map_err(text_error)?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }

@@ -17,47 +17,75 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         let single = folder.join("model.safetensors");
         return if single.exists() { Ok(vec![single]) } else { Err(Error::file(folder, "has no model.safetensors")) };
     }
-    let json = read_json(&index)?;
-    let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
-        return Err(Error::file(&index, "has no weight_map"));
-    };
-    let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
-    // A name with a path in it could lead out of the folder.
-    let outside: Vec<&str> = names.iter().copied().filter(|name| Path::new(name).file_name() != Some(name.as_ref())).collect();
-    if !outside.is_empty() {
-        return Err(Error::file(&index, format!("names files outside its folder: {}", outside.join(", "))));
-    }
-    let missing: Vec<&str> = names.iter().copied().filter(|name| !folder.join(name).exists()).collect();
+    let names = shards(&index)?;
+    let missing: Vec<&str> = names.iter().map(String::as_str).filter(|name| !folder.join(name).exists()).collect();
     if !missing.is_empty() {
         return Err(Error::file(folder, format!("lacks files that its index names: {}", missing.join(", "))));
     }
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
 
+/// The names of the files that an index lists; all lie beside it.
+pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let json = read_json(index)?;
+    let names = json.get("weight_map").and_then(Value::as_object).and_then(|map| {
+        let names = map.values().map(|name| name.as_str().map(str::to_string));
+        names.collect::<Option<BTreeSet<String>>>()
+    });
+    let names = names.ok_or_else(|| Error::file(index, "has no weight_map from tensors to files"))?;
+    // A name with a path in it could lead out of the folder.
+    let outside = |name: &&String| Path::new(name).file_name() != Some(name.as_ref());
+    let outside: Vec<&str> = names.iter().filter(outside).map(String::as_str).collect();
+    if !outside.is_empty() {
+        return Err(Error::file(index, format!("names files outside its folder: {}", outside.join(", "))));
+    }
+    Ok(names)
+}
+
 /// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.
 ///
 /// # Errors
 /// One error lists every tensor that is missing, has another shape, or is not of this model.
-pub fn load(
-    folder: &Path,
-    config: &ModelConfig,
-    dtype: DType,
-    device: &Device,
-) -> Result<HashMap<String, Tensor>> {
+pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
     let mapped = map(&files(folder)?)?;
-    let mut found: HashMap<String, Vec<usize>> =
-        mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let found = mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
+        let tensor = mapped.load(&name, device)?;
+        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
+        Ok((name, tensor.to_dtype(dtype)?))
+    });
+    tensors.collect()
+}
+
+/// The names of [`ModelConfig::weight_shapes`], if exactly these tensors are found. `file_name` says how a file calls one.
+pub(super) fn check(
+    path: &Path,
+    config: &ModelConfig,
+    mut found: HashMap<String, Vec<usize>>,
+    file_name: impl Fn(&str) -> String,
+) -> Result<Vec<String>> {
+    // A block has more tensors than one: a configuration from a broken file is not followed into memory.
+    if config.num_layers > found.len() {
+        let problem =
+            format!("has {} tensors, too few for the {} layers of its configuration", found.len(), config.num_layers);
+        return Err(Error::file(path, problem));
+    }
     let mut problems = Vec::new();
     let wanted = config.weight_shapes();
     for (name, shape) in &wanted {
-        match found.remove(name) {
+        let name = file_name(name);
+        match found.remove(&name) {
             None => problems.push(format!("{name} {shape:?} is missing")),
-            Some(other) if other != *shape => problems.push(format!("{name} is {other:?}, the configuration says {shape:?}")),
+            Some(other) if other != *shape => {
+                problems.push(format!("{name} is {other:?}, the configuration says {shape:?}"))
+            }
             Some(_) => {}
         }
     }
     // Buffers of old checkpoints, and the copy of a tied embedding that some tools write.
-    found.retain(|name, _| !name.ends_with("rotary_emb.inv_freq") && !(config.tie_word_embeddings && name == "lm_head.weight"));
+    let passed =
+        |name: &str| name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight");
+    found.retain(|name, _| !passed(name));
     let mut unknown: Vec<String> = found.into_keys().map(|name| format!("{name} is not of this model")).collect();
     unknown.sort_unstable();
     problems.extend(unknown);
@@ -66,14 +94,12 @@ pub fn load(
         let more = problems.len().saturating_sub(SHOWN);
         problems.truncate(SHOWN);
         let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-        return Err(Error::file(folder, format!("its weights do not fit its config.json: {}{more}", problems.join("; "))));
+        return Err(Error::file(
+            path,
+            format!("its weights do not fit its configuration: {}{more}", problems.join("; ")),
+        ));
     }
-    let tensors = wanted.into_iter().map(|(name, _)| {
-        let tensor = mapped.load(&name, device)?;
-        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
-        Ok((name, tensor.to_dtype(dtype)?))
-    });
-    tensors.collect()
+    Ok(wanted.into_iter().map(|(name, _)| name).collect())
 }
 
 /// The dtype of a folder's first weight.

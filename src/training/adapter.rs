@@ -37,17 +37,52 @@ pub struct AdapterFile {
 
 /// Keys of PEFT's configuration that mean another computation when they are set to anything but nothing, false or empty.
 const UNSUPPORTED: &[&str] = &[
-    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices",
-    "target_parameters", "layer_replication", "use_qalora", "alora_invocation_tokens", "arrow_config", "corda_config",
-    "eva_config", "loftq_config", "megatron_config", "velora_config", "kasa_config", "ensure_weight_tying", "lora_ga_config",
-    "use_bdlora", "exclude_modules",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "megatron_config",
+    "velora_config",
+    "kasa_config",
+    "ensure_weight_tying",
+    "lora_ga_config",
+    "use_bdlora",
+    "exclude_modules",
 ];
 
 /// Keys that have no bearing on a loaded adapter: where it came from, or how training began.
 const HARMLESS: &[&str] = &[
-    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "lora_alpha",
-    "lora_dropout", "target_modules", "bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern",
-    "megatron_core", "peft_version", "runtime_config", "qalora_group_size", "monteclora_config",
+    "peft_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "bias",
+    "use_rslora",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "peft_version",
+    "runtime_config",
+    "qalora_group_size",
+    "monteclora_config",
 ];
 
 impl AdapterFile {
@@ -115,14 +150,20 @@ impl AdapterFile {
             match sizes.get(module) {
                 None => problems.push(format!("the model has no linear {module}")),
                 Some(&size) if size != found => {
-                    problems.push(format!("{module} goes from {} to {}, the adapter's from {} to {}", size.0, size.1, found.0, found.1));
+                    problems.push(format!(
+                        "{module} goes from {} to {}, the adapter's from {} to {}",
+                        size.0, size.1, found.0, found.1
+                    ));
                 }
                 Some(_) => {}
             }
         }
         if !problems.is_empty() {
             let base = &self.base_model;
-            return Err(Error::setting("adapter", format!("it does not fit (it was made for {base}): {}", problems.join("; "))));
+            return Err(Error::setting(
+                "adapter",
+                format!("it does not fit (it was made for {base}): {}", problems.join("; ")),
+            ));
         }
         for path in sizes.keys() {
             decoder.attach(path, None)?;
@@ -176,7 +217,8 @@ impl AdapterFile {
 
 fn read_config(path: &Path) -> Result<(LoRAConfig, bool, String)> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))?;
     let Value::Object(map) = value else { return Err(Error::file(path, "is not a JSON object")) };
     if map.contains_key("lora_parameters") {
         return Err(Error::file(path, "is an adapter in MLX's form; only PEFT's is read for now"));
@@ -200,7 +242,7 @@ fn read_config(path: &Path) -> Result<(LoRAConfig, bool, String)> {
     let number = |key: &str| map.get(key).and_then(Value::as_f64);
     // PEFT's defaults for both are 8.
     let rank = number("r").unwrap_or(8.0);
-    let mut config = LoRAConfig::new(if rank >= 1.0 && rank <= 65_536.0 { rank as usize } else { 0 });
+    let mut config = LoRAConfig::new(if (1.0..=65_536.0).contains(&rank) { rank as usize } else { 0 });
     config.alpha = number("lora_alpha").unwrap_or(8.0);
     config.dropout = number("lora_dropout").unwrap_or(0.0) as f32;
     config.target_modules = match map.get("target_modules") {
@@ -269,7 +311,8 @@ fn pair_up(
         }
     }
     // A target written as a regular expression cannot be looked for as a name.
-    let names = config.target_modules.iter().filter(|name| name.chars().all(|c| c.is_alphanumeric() || "._-".contains(c)));
+    let names =
+        config.target_modules.iter().filter(|name| name.chars().all(|c| c.is_alphanumeric() || "._-".contains(c)));
     for name in names.filter(|name| *name != "all-linear") {
         if !tensors.keys().any(|module| module == name || module.ends_with(&format!(".{name}"))) {
             problems.push(format!("target {name} has no tensor"));

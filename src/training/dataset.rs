@@ -70,7 +70,10 @@ impl DatasetReport {
         };
         tell(self.truncated, "rows were longer than max_seq_length and are cut");
         tell(self.skipped_empty, "rows are left out: nothing in them is trained on");
-        tell(self.last_turn_only, "conversations are trained on their last turn only: the chat template changes earlier turns");
+        tell(
+            self.last_turn_only,
+            "conversations are trained on their last turn only: the chat template changes earlier turns",
+        );
         tell(self.joined_pairs, "prompts and completions are joined as they stand: the model has no chat template");
         if !self.unread_keys.is_empty() {
             let keys: Vec<String> = self.unread_keys.iter().map(|(key, count)| format!("{key} ({count})")).collect();
@@ -125,7 +128,9 @@ impl Dataset {
         if dataset.rows.is_empty() {
             let why = match dataset.report.skipped_empty {
                 0 => "there is no row".to_string(),
-                skipped => format!("in none of its {skipped} rows is anything trained on; check mask_prompt and max_seq_length"),
+                skipped => format!(
+                    "in none of its {skipped} rows is anything trained on; check mask_prompt and max_seq_length"
+                ),
             };
             return Err(Error::file(named, why));
         }

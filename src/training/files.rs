@@ -96,9 +96,8 @@ mod tests {
     fn a_folder_is_replaced_whole() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/checkpoint");
-        let fill = |name: &'static str| {
-            move |folder: &Path| fs::write(folder.join(name), name).map_err(Error::io(folder))
-        };
+        let fill =
+            |name: &'static str| move |folder: &Path| fs::write(folder.join(name), name).map_err(Error::io(folder));
         replace_folder(&path, fill("one")).unwrap();
         replace_folder(&path, fill("two")).unwrap();
         assert!(!path.join("one").exists() && path.join("two").exists());

@@ -56,8 +56,7 @@ impl Params {
         let entries = self.entries.iter();
         entries
             .map(|entry| {
-                let parameter =
-                    Parameter { value: view(&values, entry)?, grad: Some(view(&self.grads, entry)?) };
+                let parameter = Parameter { value: view(&values, entry)?, grad: Some(view(&self.grads, entry)?) };
                 Ok((entry.name.as_str(), parameter))
             })
             .collect()

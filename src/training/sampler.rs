@@ -63,7 +63,8 @@ pub fn collate<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Batch {
 fn permutation(rows: usize, seed: u64, epoch: u64) -> Vec<u32> {
     let mut order: Vec<u32> = (0..rows as u32).collect();
     for last in (1..rows).rev() {
-        let words = philox([last as u32, epoch as u32, (epoch >> 32) as u32, u32::MAX], [seed as u32, (seed >> 32) as u32]);
+        let words =
+            philox([last as u32, epoch as u32, (epoch >> 32) as u32, u32::MAX], [seed as u32, (seed >> 32) as u32]);
         let word = (words[1] as u64) << 32 | words[0] as u64;
         order.swap(last, ((word as u128 * (last as u128 + 1)) >> 64) as usize);
     }

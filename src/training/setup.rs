@@ -121,7 +121,7 @@ pub(super) fn adapter_file(params: &Params, options: &TrainerOptions, base: &str
     for pair in params.named()?.chunks_exact(2) {
         let [(name, a), (_, b)] = pair else { unreachable!("chunks of two") };
         let path = name.strip_suffix(A).unwrap_or(name).to_string();
-        tensors.insert(path, (a.value.copy()?, b.value.copy()?));
+        tensors.insert(path, (a.value.force_contiguous()?, b.value.force_contiguous()?));
     }
     AdapterFile::new(lora_config(options), base, tensors)
 }

@@ -273,14 +273,12 @@ impl<'a> Trainer<'a> {
     /// One optimizer step: the loss, the tokens run and the gradient's norm before clipping.
     fn step(&mut self, sampler: &mut Sampler, learning_rate: f64, watch: &Watch) -> Result<(Loss, usize, f64)> {
         let step = self.state.step + 1;
-        let rows: Vec<Vec<usize>> = (0..self.options.grad_accumulation_steps)
-            .map(|_| sampler.next(self.options.batch_size))
-            .collect();
+        let rows: Vec<Vec<usize>> =
+            (0..self.options.grad_accumulation_steps).map(|_| sampler.next(self.options.batch_size)).collect();
         let batches: Vec<Batch> =
             rows.iter().map(|rows| collate(rows.iter().map(|&row| &self.train.rows[row]))).collect();
         let counted: usize = batches.iter().map(Batch::counted).sum();
-        let checkpointing =
-            if self.options.grad_checkpoint { Checkpointing::EveryBlock } else { Checkpointing::None };
+        let checkpointing = if self.options.grad_checkpoint { Checkpointing::EveryBlock } else { Checkpointing::None };
 
         self.params.zero_gradients()?;
         let mut total = Loss { sum: 0.0, count: 0 };
@@ -305,13 +303,8 @@ impl<'a> Trainer<'a> {
         let limit = self.options.max_grad_norm;
         // torch.nn.utils.clip_grad_norm_'s factor.
         let scale = if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        let optimizer = AdamW {
-            learning_rate,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: self.options.weight_decay,
-        };
+        let optimizer =
+            AdamW { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: self.options.weight_decay };
         self.params.step(&optimizer, scale as f32, step)?;
         watch.check_movement(&self.params, step, done)?;
         self.state.step = step;
@@ -446,9 +439,10 @@ struct Watch {
 
 impl Watch {
     fn new(trainer: &Trainer) -> Result<Self> {
+        // A copy of the values alone: `copy` would take the whole buffer that they are a view of.
         let named = trainer.params.named()?;
         let a = named.into_iter().filter(|(name, _)| name.ends_with(setup::A));
-        let initial = a.map(|(name, parameter)| Ok((name.to_string(), parameter.value.copy()?)));
+        let initial = a.map(|(name, parameter)| Ok((name.to_string(), parameter.value.force_contiguous()?)));
         Ok(Self { initial: initial.collect::<Result<_>>()? })
     }
 
@@ -487,7 +481,10 @@ fn stop_with(step: usize, what: &str, names: Vec<String>) -> Result<()> {
     if names.is_empty() {
         return Ok(());
     }
-    Err(Error::Training { step, problem: format!("{what} {} of the trained tensors: {}", names.len(), names.join(", ")) })
+    Err(Error::Training {
+        step,
+        problem: format!("{what} {} of the trained tensors: {}", names.len(), names.join(", ")),
+    })
 }
 
 /// Of each weight's first values: enough to tell one checkpoint of a model from another.

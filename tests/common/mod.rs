@@ -1,6 +1,8 @@
 //! What the tests of the kernels share: random tensors, views that are awkward on purpose, the tolerance table.
 #![allow(dead_code, missing_docs)]
 
+pub mod tiny;
+
 use candle_core::{DType, Device, Tensor};
 use metal_candle::backend::dropout::philox;
 

@@ -1,71 +1,80 @@
 //! Cross entropy fused with the output projection, on the CPU: chunks of rows against the whole vocabulary.
+//!
+//! For each chunk: logits `z = x · headᵀ`, in place `z ← scale · (softmax(z) - onehot)`, then `dx = z · head` and
+//! `dhead += zᵀ · x`. The products are the linear layer's. The head is read once a chunk and direction.
 
 use rayon::prelude::*;
 
-use super::exp::exp;
-use super::{Element, simd};
+use super::exp::{exp_shifted, max};
+use super::floats::Floats;
+use super::{linear, simd};
 
 /// The logits buffer holds at most this many elements (32 MiB), but always one row.
 const LOGITS: usize = 8 << 20;
+/// Sums over the vocabulary are f32 within runs of this length and f64 over them.
+const RUN: usize = 4096;
 
-/// The summed loss of the rows `counted`.
-pub fn forward<T: Element, W: Element>(hidden: &[T], head: &[W], n: usize, targets: &[u32], counted: &[usize]) -> f64 {
-    chunks(hidden, head, n, targets, counted, 0.0, |_, _, _, _| ())
+/// Rows of length `n` against a vocabulary, with the target of each; only the rows `counted` are looked at.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// `[T, n]`
+    pub hidden: Floats<'a>,
+    /// `[V, n]`
+    pub head: Floats<'a>,
+    /// Columns of both.
+    pub n: usize,
+    /// One for each row of `hidden`.
+    pub targets: &'a [u32],
+    /// Rows, in order.
+    pub counted: &'a [usize],
 }
 
-/// The summed loss; `dhidden` rows in `counted` are set, `dhead` +=.
-#[allow(clippy::too_many_arguments)]
-pub fn forward_backward<T: Element, W: Element>(
-    hidden: &[T],
-    head: &[W],
-    n: usize,
-    targets: &[u32],
-    counted: &[usize],
-    scale: f32,
-    dhidden: &mut [T],
-    mut dhead: Option<&mut [f32]>,
-) -> f64 {
-    let vocab = head.len() / n;
-    chunks(hidden, head, n, targets, counted, scale, |rows, x, head, p| {
-        let mut dx = vec![0.0; rows.len() * n];
-        gemm([rows.len(), n, vocab], &mut dx, 0.0, (p, vocab, 1), (head, n, 1));
-        for (row, dx) in rows.iter().zip(dx.chunks_exact(n)) {
-            dhidden[row * n..][..n].iter_mut().zip(dx).for_each(|(to, &from)| *to = T::narrow(from));
-        }
-        if let Some(dhead) = &mut dhead {
-            gemm([vocab, n, rows.len()], dhead, 1.0, (p, 1, vocab), (x, n, 1));
-        }
-    })
-}
-
-/// Calls `use_chunk(rows, hidden rows, head, scale · (softmax - onehot))` for each chunk; returns the loss.
-fn chunks<T: Element, W: Element>(
-    hidden: &[T],
-    head: &[W],
-    n: usize,
-    targets: &[u32],
-    counted: &[usize],
-    scale: f32,
-    mut use_chunk: impl FnMut(&[usize], &[f32], &[f32], &[f32]),
-) -> f64 {
-    let vocab = head.len() / n;
-    let head: Vec<f32> = head.par_iter().map(|w| w.widen()).collect();
-    let size = (LOGITS / vocab).clamp(1, counted.len().max(1));
-    let mut logits = vec![0.0; size * vocab];
-    let mut sum = 0.0;
-    for rows in counted.chunks(size) {
-        let x: Vec<f32> = rows.iter().flat_map(|row| hidden[row * n..][..n].iter().map(|x| x.widen())).collect();
-        let logits = &mut logits[..rows.len() * vocab];
-        gemm([rows.len(), vocab, n], logits, 0.0, (&x, n, 1), (&head, 1, n));
-        let losses: Vec<f64> = logits
-            .par_chunks_mut(vocab)
-            .zip(rows)
-            .map(|(logits, &row)| softmax_row(logits, targets[row] as usize, scale))
-            .collect();
-        sum += losses.iter().sum::<f64>();
-        use_chunk(rows, &x, &head, logits);
+impl Problem<'_> {
+    /// The summed loss.
+    pub fn loss(&self) -> f64 {
+        self.chunks(0.0, |_, _, _| ())
     }
-    sum
+
+    /// The summed loss and `dhidden = scale · ∂loss/∂hidden`, `[T, n]`, zero in rows that are not counted; `dhead` +=.
+    pub fn loss_and_gradients(&self, scale: f32, mut dhead: Option<&mut [f32]>) -> (f64, Vec<f32>) {
+        let Self { n, head, .. } = *self;
+        let vocab = head.len() / n;
+        let mut dhidden = vec![0.0; self.hidden.len()];
+        let loss = self.chunks(scale, |rows, x, z| {
+            let mut dx = vec![0.0; x.len()];
+            linear::input_gradient(z, &head, &mut dx, rows.len(), n, vocab);
+            for (row, dx) in rows.iter().zip(dx.chunks_exact(n)) {
+                dhidden[row * n..][..n].copy_from_slice(dx);
+            }
+            if let Some(dhead) = &mut dhead {
+                linear::weight_gradient(x, z, dhead, rows.len(), n, vocab);
+            }
+        });
+        (loss, dhidden)
+    }
+
+    /// Calls `use_chunk(rows, their x, scale · (softmax - onehot))` for each chunk; returns the loss.
+    fn chunks(&self, scale: f32, mut use_chunk: impl FnMut(&[usize], &[f32], &[f32])) -> f64 {
+        let Self { hidden, head, n, targets, counted } = *self;
+        if counted.is_empty() {
+            return 0.0;
+        }
+        let vocab = head.len() / n;
+        let most = (LOGITS / vocab).clamp(1, counted.len());
+        let size = counted.len().div_ceil(counted.len().div_ceil(most));
+        let (mut x, mut z) = (vec![0.0; size * n], vec![0.0; size * vocab]);
+        let mut sum = 0.0;
+        for rows in counted.chunks(size) {
+            let (x, z) = (&mut x[..rows.len() * n], &mut z[..rows.len() * vocab]);
+            rows.iter().zip(x.chunks_exact_mut(n)).for_each(|(row, x)| hidden.widen_into(row * n, x));
+            linear::forward_into(z, x, &head, None, n);
+            let losses = z.par_chunks_mut(vocab).zip(rows);
+            let losses: Vec<f64> = losses.map(|(z, &row)| softmax_row(z, targets[row] as usize, scale)).collect();
+            sum += losses.iter().sum::<f64>();
+            use_chunk(rows, x, z);
+        }
+        sum
+    }
 }
 
 /// Returns `logsumexp(z) - z[target]` and turns `z` into `scale · (softmax(z) - onehot)`.
@@ -73,53 +82,15 @@ fn softmax_row(z: &mut [f32], target: usize, scale: f32) -> f64 {
     simd(
         #[inline(always)]
         || {
-            let max = z.iter().fold(f32::NEG_INFINITY, |max, &z| max.max(z));
-            let correct = z[target];
+            let (largest, correct) = (max(z), z[target]);
             let mut sum = 0.0_f64;
-            for z in z.iter_mut() {
-                *z = exp(*z - max);
-                sum += *z as f64;
+            for run in z.chunks_mut(RUN) {
+                sum += exp_shifted(run, largest) as f64;
             }
             let factor = (scale as f64 / sum) as f32;
-            for z in z.iter_mut() {
-                *z *= factor;
-            }
+            z.iter_mut().for_each(|z| *z *= factor);
             z[target] -= scale;
-            sum.ln() + (max as f64 - correct as f64)
+            sum.ln() + (largest as f64 - correct as f64)
         },
     )
-}
-
-/// `c [m, n] = beta · c + a [m, k] · b [k, n]`; `a` and `b` as (elements, row stride, column stride).
-fn gemm([m, n, k]: [usize; 3], c: &mut [f32], beta: f32, a: (&[f32], usize, usize), b: (&[f32], usize, usize)) {
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
-    assert!(c.len() >= m * n);
-    assert!(a.0.len() > (m - 1) * a.1 + (k - 1) * a.2 && b.0.len() > (k - 1) * b.1 + (n - 1) * b.2);
-    let parallelism = gemm::Parallelism::Rayon(rayon::current_num_threads());
-    // SAFETY: the assertions above keep every index that the sizes and strides give inside the slices.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            n as isize,
-            beta != 0.0,
-            a.0.as_ptr(),
-            a.2 as isize,
-            a.1 as isize,
-            b.0.as_ptr(),
-            b.2 as isize,
-            b.1 as isize,
-            beta,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
 }

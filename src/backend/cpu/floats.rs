@@ -46,6 +46,30 @@ impl<'a> Floats<'a> {
         }
     }
 
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(elements) => elements.len(),
+            Self::F16(elements) => elements.len(),
+            Self::BF16(elements) => elements.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// `len` elements from `start` on: borrowed when they are f32, else widened on this thread.
+    pub fn range(&self, start: usize, len: usize) -> Cow<'a, [f32]> {
+        if let Some(elements) = self.as_f32() {
+            return Cow::Borrowed(&elements[start..start + len]);
+        }
+        let mut wide = vec![0.0; len];
+        self.widen_into(start, &mut wide);
+        Cow::Owned(wide)
+    }
+
     /// Widens `dst.len()` elements from `start` on, on this thread.
     pub fn widen_into(&self, start: usize, dst: &mut [f32]) {
         let range = start..start + dst.len();
@@ -58,12 +82,10 @@ impl<'a> Floats<'a> {
 
     /// All elements: borrowed when they are f32, else widened on all cores.
     pub fn to_f32(&self) -> Cow<'a, [f32]> {
-        let len = match self {
-            Self::F32(elements) => return Cow::Borrowed(elements),
-            Self::F16(elements) => elements.len(),
-            Self::BF16(elements) => elements.len(),
-        };
-        let mut all = vec![0.0; len];
+        if let Some(elements) = self.as_f32() {
+            return Cow::Borrowed(elements);
+        }
+        let mut all = vec![0.0; self.len()];
         all.par_chunks_mut(TASK).enumerate().for_each(|(task, dst)| self.widen_into(task * TASK, dst));
         Cow::Owned(all)
     }

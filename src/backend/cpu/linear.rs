@@ -18,20 +18,27 @@ const SUM_COLUMNS: usize = 256;
 
 /// `y = x Wᵀ + bias`, `[m, n]`.
 pub fn forward(x: &[f32], w: &Floats, bias: Option<&[f32]>, m: usize, k: usize, n: usize) -> Vec<f32> {
-    let mut y = match bias {
-        Some(bias) => bias.repeat(m),
-        None => vec![0.0; m * n],
-    };
+    let mut y = vec![0.0; m * n];
+    forward_into(&mut y, x, w, bias, k);
+    y
+}
+
+/// `y = x Wᵀ + bias`, `[m, n]`; what y held is not read.
+pub fn forward_into(y: &mut [f32], x: &[f32], w: &Floats, bias: Option<&[f32]>, k: usize) {
+    let (m, n) = (x.len() / k, w.len() / k);
+    match bias {
+        Some(bias) => y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)),
+        None if m <= FEW_ROWS => y.fill(0.0),
+        None => {}
+    }
     if m <= FEW_ROWS {
-        few_rows(x, w, &mut y, m, k, n);
-        return y;
+        return few_rows(x, w, y, m, k, n);
     }
     let keep = if bias.is_some() { 1.0 } else { 0.0 };
     for_weight_tiles(w, k, n, |start, tile, rows| {
         let columns = MatrixMut::with_row_stride(&mut y[start..], m, rows, n);
         gemm(columns, keep, 1.0, Matrix::new(x, m, k), Matrix::new(tile, rows, k).t());
     });
-    y
 }
 
 /// `dx += g W`, `[m, k]`.

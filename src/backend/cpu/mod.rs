@@ -14,8 +14,10 @@ pub mod floats;
 pub mod fused_lora;
 pub mod gemm;
 pub mod linear;
+pub mod memory;
 pub mod rms_norm;
 pub mod rope;
+pub mod skinny;
 pub mod swiglu;
 
 use std::marker::PhantomData;
@@ -23,7 +25,7 @@ use std::ops::{Deref, Range};
 use std::sync::Mutex;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use half::{bf16, f16};
 
 use crate::{Error, Result};
@@ -92,6 +94,28 @@ impl Element for bf16 {
     }
 }
 
+/// Evaluates an expression of type `Result` with `$T` standing for the element type of `$dtype`: f32, f16 or bf16.
+macro_rules! by_dtype {
+    ($op:expr, $name:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other => Err($crate::Error::op($op, format!("{} has dtype {other:?}; f32, f16 and bf16 are taken", $name))),
+        }
+    };
+}
+pub(crate) use by_dtype;
+
 /// Runs `f` with the widest vector instructions of this processor. `f` and what it calls must be `#[inline(always)]`
 /// to be compiled for them.
 #[inline(always)]
@@ -104,8 +128,19 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
             (self.0)()
         }
     }
+    arch().dispatch(Call(f))
+}
+
+/// The vector instructions of this processor, for kernels that are written with `pulp`'s vectors.
+#[inline(always)]
+fn arch() -> pulp::Arch {
     static ARCH: std::sync::LazyLock<pulp::Arch> = std::sync::LazyLock::new(pulp::Arch::new);
-    ARCH.dispatch(Call(f))
+    *ARCH
+}
+
+/// A CPU tensor from the elements that a kernel wrote.
+pub(crate) fn tensor<T: WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(elements, shape.into(), &Device::Cpu)?)
 }
 
 /// The elements of a contiguous CPU tensor, read-locked.
@@ -149,6 +184,10 @@ pub fn update<T: Element, R>(
     dst: &Tensor,
     f: impl FnOnce(&mut [T]) -> Result<R>,
 ) -> Result<R> {
+    // Candle takes the zero strides of an empty tensor for repeated elements and refuses it.
+    if dst.elem_count() == 0 {
+        return f(&mut []);
+    }
     struct Update<F, R> {
         op: &'static str,
         name: String,

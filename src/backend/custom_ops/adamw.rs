@@ -6,8 +6,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{expect_dtype, on_cpu};
+use super::check::{expect_dtype, on_cpu, shape};
 use crate::backend::cpu::{self, update, view};
 use crate::{Error, Result};
 

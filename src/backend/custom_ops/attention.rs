@@ -10,11 +10,12 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{by_dtype, dims3, expect_dtype, on_cpu, record, tensor};
+use super::check::{dims3, expect_dtype, on_cpu, shape};
+use super::tape::record;
 use crate::backend::cpu::attention::Sizes;
+use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::{self, view};
 use crate::{Error, Result};
 
@@ -58,11 +59,9 @@ pub struct AttentionArgs<'a> {
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Result<(Tensor, Tensor)> {
     on_cpu(OP, &[q, k, v])?;
     let sizes = check(q, k, v, args)?;
-    by_dtype!(OP, "q", q.dtype(), T => {
-        let (q_view, k, v) = (view::<T>(OP, "q", q)?, view(OP, "k", k)?, view(OP, "v", v)?);
-        let (o, lse) = cpu::attention::forward::<T>(&q_view, &k, &v, sizes, args);
-        Ok((tensor(o, q.shape())?, tensor(lse, &q.dims()[..2])?))
-    })
+    let (held_q, k, v) = (Held::of(OP, "q", q)?, Held::of(OP, "k", k)?, Held::of(OP, "v", v)?);
+    let (o, lse) = cpu::attention::forward(held_q.floats(), k.floats(), v.floats(), sizes, args);
+    Ok((tensor_of(o, q.shape(), q.dtype())?, tensor_of(lse, &q.dims()[..2], DType::F32)?))
 }
 
 /// `(dq, dk, dv)` from the gradient `g` of `o`; `o` and `lse` as [`forward`] returned them.
@@ -80,12 +79,26 @@ pub fn backward(
     shape(OP, "o", o, q.dims())?;
     shape(OP, "g", g, q.dims())?;
     shape(OP, "lse", lse, &q.dims()[..2])?;
-    by_dtype!(OP, "q", q.dtype(), T => {
-        let (q_view, k_view, v_view) = (view::<T>(OP, "q", q)?, view(OP, "k", k)?, view(OP, "v", v)?);
-        let (o, lse, g) = (view(OP, "o", o)?, view(OP, "lse", lse)?, view(OP, "g", g)?);
-        let (dq, dk, dv) = cpu::attention::backward::<T>(&q_view, &k_view, &v_view, &o, &lse, &g, sizes, args);
-        Ok((tensor(dq, q.shape())?, tensor(dk, k.shape())?, tensor(dv, v.shape())?))
-    })
+    let [q_held, k_held, v_held, o, g] = [
+        Held::of(OP, "q", q)?,
+        Held::of(OP, "k", k)?,
+        Held::of(OP, "v", v)?,
+        Held::of(OP, "o", o)?,
+        Held::of(OP, "g", g)?,
+    ];
+    let lse = view(OP, "lse", lse)?;
+    let (dq, dk, dv) = cpu::attention::backward(
+        q_held.floats(),
+        k_held.floats(),
+        v_held.floats(),
+        o.floats(),
+        &lse,
+        g.floats(),
+        sizes,
+        args,
+    );
+    let dtype = q.dtype();
+    Ok((tensor_of(dq, q.shape(), dtype)?, tensor_of(dk, k.shape(), dtype)?, tensor_of(dv, v.shape(), dtype)?))
 }
 
 /// Attention on Candle's tape, with gradients for `q`, `k` and `v`. Any layout.
@@ -140,8 +153,6 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Result<Size
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
-
     use super::*;
 
     #[test]

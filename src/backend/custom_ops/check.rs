@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::backend::fallback::device_name;
 use crate::{Error, Result};
 
 /// Why an op runs as a composite off the CPU.
@@ -17,6 +18,49 @@ pub(super) fn float_dtype(op: &'static str, name: &str, dtype: DType) -> Result<
     match dtype {
         DType::F32 | DType::F16 | DType::BF16 => Ok(()),
         other => Err(Error::op(op, format!("{name} has dtype {other:?}, but F32, F16 or BF16 is needed"))),
+    }
+}
+
+/// All tensors must be on the CPU; else an error that names the op and the device.
+pub(super) fn on_cpu(op: &str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.iter().find(|tensor| !tensor.device().is_cpu()) {
+        Some(tensor) => Err(Error::Device {
+            device: device_name(tensor.device()).to_string(),
+            problem: format!("{op} has no kernel for it; use the cpu"),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// `tensor` must have this dtype.
+pub(super) fn expect_dtype(op: &'static str, name: &str, tensor: &Tensor, dtype: DType) -> Result<()> {
+    if tensor.dtype() == dtype {
+        return Ok(());
+    }
+    Err(Error::op(op, format!("{name} has dtype {:?}, but {dtype:?} is needed", tensor.dtype())))
+}
+
+/// The three sizes of `tensor`, called `form` in the message.
+pub(super) fn dims3(op: &'static str, name: &str, tensor: &Tensor, form: &str) -> Result<(usize, usize, usize)> {
+    match *tensor.dims() {
+        [a, b, c] => Ok((a, b, c)),
+        ref dims => Err(Error::op(op, format!("{name} has shape {dims:?}, but {form} is needed"))),
+    }
+}
+
+/// The two sizes of `tensor`, called `form` in the message.
+pub(super) fn dims2(op: &'static str, name: &str, tensor: &Tensor, form: &str) -> Result<(usize, usize)> {
+    match *tensor.dims() {
+        [a, b] => Ok((a, b)),
+        ref dims => Err(Error::op(op, format!("{name} has shape {dims:?}, but {form} is needed"))),
+    }
+}
+
+/// Rows and row length of `tensor`, all leading dimensions taken as rows.
+pub(super) fn rows(op: &'static str, name: &str, tensor: &Tensor) -> Result<(usize, usize)> {
+    match tensor.dims().split_last() {
+        Some((&row, leading)) => Ok((leading.iter().product(), row)),
+        None => Err(Error::op(op, format!("{name} is a scalar; at least one dimension is needed"))),
     }
 }
 
@@ -61,12 +105,7 @@ pub(super) fn gradient(op: &'static str, name: &str, tensor: &Tensor, dims: &[us
 /// A gradient of a parameter, added to in place: of `dims`, f32, on x's device.
 pub(super) fn sink(op: &'static str, name: &str, tensor: &Tensor, dims: &[usize], x: &Tensor) -> Result<()> {
     shape(op, name, tensor, dims)?;
-    if tensor.dtype() != DType::F32 {
-        return Err(Error::op(
-            op,
-            format!("{name} has dtype {:?}, but gradients of parameters are F32", tensor.dtype()),
-        ));
-    }
+    expect_dtype(op, name, tensor, DType::F32)?;
     same_device(op, name, tensor, "x", x)
 }
 

@@ -9,9 +9,11 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{by_dtype, dims2, expect_dtype, on_cpu, record, tensor};
-use crate::backend::cpu::{self, update, view};
+use super::check::{dims2, expect_dtype, on_cpu, shape};
+use super::tape::record;
+use crate::backend::cpu::cross_entropy::Problem;
+use crate::backend::cpu::floats::{Held, tensor_of};
+use crate::backend::cpu::update;
 use crate::{Error, Result};
 
 const OP: &str = "cross_entropy";
@@ -39,11 +41,9 @@ impl Loss {
 pub fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Loss> {
     on_cpu(OP, &[hidden, head])?;
     let counted = check(hidden, head, targets)?;
-    by_dtype!(OP, "hidden", hidden.dtype(), T => by_dtype!(OP, "head", head.dtype(), W => {
-        let (hidden_view, head_view) = (view::<T>(OP, "hidden", hidden)?, view::<W>(OP, "head", head)?);
-        let sum = cpu::cross_entropy::forward(&hidden_view, &head_view, head.dims()[1], targets, &counted);
-        Ok(Loss { sum, count: counted.len() })
-    }))
+    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
+    let sum = problem(&held, &held_head, targets, &counted, head.dims()[1]).loss();
+    Ok(Loss { sum, count: counted.len() })
 }
 
 /// The loss and `dhidden = scale · ∂sum/∂hidden`, in hidden's dtype and zero in rows that are not counted;
@@ -62,21 +62,15 @@ pub fn forward_backward(
         shape(OP, "dhead", dhead, head.dims())?;
         expect_dtype(OP, "dhead", dhead, DType::F32)?;
     }
-    by_dtype!(OP, "hidden", hidden.dtype(), T => by_dtype!(OP, "head", head.dtype(), W => {
-        let (hidden_view, head_view) = (view::<T>(OP, "hidden", hidden)?, view::<W>(OP, "head", head)?);
-        let mut dhidden = vec![T::default(); hidden.elem_count()];
-        let mut run = |dhead: Option<&mut [f32]>| {
-            let n = head.dims()[1];
-            cpu::cross_entropy::forward_backward(
-                &hidden_view, &head_view, n, targets, &counted, scale, &mut dhidden, dhead,
-            )
-        };
-        let sum = match dhead {
-            None => run(None),
-            Some(dhead) => update::<f32, _>(OP, "dhead", dhead, |dhead| Ok(run(Some(dhead))))?,
-        };
-        Ok((Loss { sum, count: counted.len() }, tensor(dhidden, hidden.shape())?))
-    }))
+    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
+    let problem = problem(&held, &held_head, targets, &counted, head.dims()[1]);
+    let (sum, dhidden) = match dhead {
+        None => problem.loss_and_gradients(scale, None),
+        Some(dhead) => {
+            update::<f32, _>(OP, "dhead", dhead, |dhead| Ok(problem.loss_and_gradients(scale, Some(dhead))))?
+        }
+    };
+    Ok((Loss { sum, count: counted.len() }, tensor_of(dhidden, hidden.shape(), hidden.dtype())?))
 }
 
 /// The mean over the counted rows, f32 `[]`, on Candle's tape, with the gradient for `hidden` only. Any layout.
@@ -91,6 +85,10 @@ pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<
     let scale = 1.0 / count.max(1) as f32;
     let (loss, dhidden) = forward_backward(&hidden.detach(), &head, targets, scale, None)?;
     record(OP, [&hidden], mean(loss)?, move |g| Ok([Some(dhidden.broadcast_mul(&g.to_dtype(dhidden.dtype())?)?)]))
+}
+
+fn problem<'a>(hidden: &'a Held, head: &'a Held, targets: &'a [u32], counted: &'a [usize], n: usize) -> Problem<'a> {
+    Problem { hidden: hidden.floats(), head: head.floats(), n, targets, counted }
 }
 
 /// The counted rows.

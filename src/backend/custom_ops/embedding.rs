@@ -5,9 +5,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{by_dtype, dims2, expect_dtype, on_cpu, tensor};
-use crate::backend::cpu::{self, update, view};
+use super::check::{dims2, expect_dtype, on_cpu, shape};
+use crate::backend::cpu::{self, by_dtype, tensor, update, view};
 use crate::{Error, Result};
 
 const OP: &str = "embedding";

@@ -11,13 +11,13 @@ use std::sync::OnceLock;
 use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Shape, Tensor};
 
 use super::check::{self, with_last};
 use crate::backend::cpu::floats::{Floats, Held, gather, storage_of, tensor_of, update_f32};
-use crate::backend::cpu::fused_lora::Lora;
+use crate::backend::cpu::fused_lora::{Lora, Wanted};
 use crate::backend::dropout::Dropout;
-use crate::backend::{cpu, cuda, fallback};
+use crate::backend::{cpu, cuda, fallback, metal};
 use crate::{Error, Result};
 
 const OP: &str = "fused_lora";
@@ -47,7 +47,10 @@ pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::delta(x, a, b, s, dropout) {
+            Ok(y) => return Ok(y),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         return composite(&x.detach(), &a.detach(), &b.detach(), s, dropout);
     }
     let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
@@ -68,7 +71,10 @@ pub fn add_into(y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout:
         return cuda::fused_lora::add_into(y, x, a, b, s, dropout, size.cuda()?);
     }
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::add_into(y, x, a, b, s, dropout) {
+            Ok(h) => return Ok(h),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         let (x, a, b) = (x.detach(), a.detach(), b.detach());
         let h = project(&x, &a, dropout)?;
         fallback::accumulate(y, &(h.matmul(&b.to_dtype(DType::F32)?)? * s)?)?;
@@ -76,11 +82,7 @@ pub fn add_into(y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout:
     }
     let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
     with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
-        let h = lora.project();
-        update_f32(OP, "y", y, |y| {
-            lora.add(&h, y);
-            Ok(())
-        })?;
+        let h = update_f32(OP, "y", y, |y| Ok(lora.add_delta_keeping_h(y)))?;
         tensor_of(h, (size.m, size.r), DType::F32)
     })
 }
@@ -108,7 +110,10 @@ pub fn backward(
         return cuda::fused_lora::backward(x, a, b, h, g, s, dropout, size.cuda()?, &sink);
     }
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+        match metal::fused_lora::backward(x, a, b, h, g, s, dropout, &sink) {
+            Ok(()) => return Ok(()),
+            Err(reason) => fallback::allow(OP, x.device(), &reason.to_string())?,
+        }
         return composite_backward(&x.detach(), &a.detach(), &b.detach(), h, g, s, dropout, &sink);
     }
     let (x, a, b, g) = (x.contiguous()?, a.contiguous()?, b.contiguous()?, g.contiguous()?);
@@ -116,23 +121,15 @@ pub fn backward(
     // Every lock on an input is given back before the small sinks are written: they may share a buffer with each other.
     let (da, db) = with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
         let g = Held::of(OP, "g", &g)?;
-        let u = match (sink.dx, sink.da) {
-            (None, None) => Vec::new(),
-            _ => lora.output_projection(&g.floats()),
+        let h = h.as_ref().map(|h| cpu::view::<f32>(OP, "h", h)).transpose()?;
+        let gradients = |dx: Option<&mut [f32]>| {
+            let wanted = Wanted { dx, da: sink.da.is_some(), db: sink.db.is_some() };
+            Ok(lora.gradients(&g.floats(), h.as_deref(), wanted))
         };
-        let da = sink.da.map(|_| lora.a_gradient(&u));
-        let db = match (sink.db, &h) {
-            (None, _) => None,
-            (Some(_), Some(h)) => Some(lora.b_gradient(&cpu::view::<f32>(OP, "h", h)?, &g.floats())),
-            (Some(_), None) => Some(lora.b_gradient(&lora.project(), &g.floats())),
-        };
-        if let Some(dx) = sink.dx {
-            update_f32(OP, "dx", dx, |dx| {
-                lora.input_gradient(&u, dx);
-                Ok(())
-            })?;
+        match sink.dx {
+            Some(dx) => update_f32(OP, "dx", dx, |dx| gradients(Some(dx))),
+            None => gradients(None),
         }
-        Ok((da, db))
     })?;
     for (name, dst, gradient) in [("da", sink.da, da), ("db", sink.db, db)] {
         if let (Some(dst), Some(gradient)) = (dst, gradient) {
@@ -159,8 +156,11 @@ pub fn fused_lora(x: &Tensor, a: &Tensor, b: &Tensor, s: f64) -> Result<Tensor> 
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn fused_lora_with_dropout(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout>) -> Result<Tensor> {
     let size = Size::of(OP, x, a, b, dropout)?;
-    if !x.device().is_cpu() && !cuda::takes(x.device()) {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
+    if !x.device().is_cpu()
+        && !cuda::takes(x.device())
+        && let Err(reason) = metal::fused_lora::ready(x, a, b)
+    {
+        fallback::allow(OP, x.device(), &reason.to_string())?;
         return composite(x, a, b, s, dropout);
     }
     if size.m == 0 {
@@ -221,6 +221,11 @@ impl CustomOp1 for FusedLoRAOp {
         Ok((y, with_last(layout.dims(), size.n).into()))
     }
 
+    fn metal_fwd(&self, storage: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        Size::new(OP, layout.dims(), storage.dtype(), &self.a, &self.b)?;
+        Ok(metal::fused_lora::delta_op1(storage, layout, &self.a, &self.b, self.s)?)
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
         if cuda::takes(x.device()) && x.elem_count() > 0 {
@@ -277,6 +282,18 @@ impl CustomOp3 for Taped {
         let (y, h) = cuda::fused_lora::taped(inputs, self.s, self.dropout, self.size.cuda()?)?;
         let _ = self.h.set(h);
         Ok((y, with_last(x_layout.dims(), self.size.n).into()))
+    }
+
+    fn metal_fwd(
+        &self,
+        x: &MetalStorage,
+        x_layout: &Layout,
+        a: &MetalStorage,
+        a_layout: &Layout,
+        b: &MetalStorage,
+        b_layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        Ok(metal::fused_lora::delta_op([(x, x_layout), (a, a_layout), (b, b_layout)], self.s, self.dropout)?)
     }
 
     fn bwd(

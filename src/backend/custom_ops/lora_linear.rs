@@ -1,6 +1,6 @@
 //! A frozen linear layer with its adapter: `y = x Wᵀ + bias + s · (drop(x) A) B`.
 //!
-//! Shapes and dtypes are those of [`super::linear`] and [`super::fused_lora`]; y is rounded to x's dtype once. With
+//! Shapes and dtypes are those of [`linear`](mod@super::linear) and [`fused_lora`](mod@super::fused_lora); y is rounded to x's dtype once. With
 //! h = drop(x) A and u = s · g Bᵀ: `dx = g W + drop(u Aᵀ)`, `dA = drop(x)ᵀ u`, `dB = s · hᵀ g`. W and bias are frozen: their
 //! gradients are never computed.
 
@@ -11,13 +11,14 @@ use candle_core::backend::BackendStorage;
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
-use super::check::{self, with_last};
+use super::check::with_last;
 use super::fused_lora::{self, Sink, Size};
 use super::linear;
+use crate::backend::cpu;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
 use crate::backend::cpu::fused_lora::Lora;
 use crate::backend::dropout::Dropout;
-use crate::backend::{cpu, cuda, fallback};
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "lora_linear";
@@ -42,21 +43,18 @@ pub fn forward(
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
-        let (x, a, b) = (x.detach(), a.detach(), b.detach());
-        let base = linear::composite(&x, &w.detach(), bias, &linear::Size { m: size.m, k: size.k, n: size.n })?;
-        let h = fused_lora::project(&x, &a, dropout)?;
-        let delta = (h.matmul(&b.to_dtype(DType::F32)?)? * s)?;
-        let y = (base.to_dtype(DType::F32)? + delta)?.to_dtype(x.dtype())?;
-        return Ok((y.detach().reshape(shape)?, h));
+        // The base product is Candle's own; the adapter is added to it in place.
+        let base = linear::Size { m: size.m, k: size.k, n: size.n };
+        let y = linear::composite(&x.detach(), &w.detach(), bias, &base)?.detach().reshape(shape)?;
+        let h = fused_lora::add_into(&y, x, a, b, s, dropout)?;
+        return Ok((y, h));
     }
     let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
     let bias = bias.map(Tensor::contiguous).transpose()?;
     let frozen = Frozen { w, bias };
     let (y, h) = fused_lora::with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
         let mut y = frozen.forward(&Held::of(OP, "x", &x)?.floats(), &size)?;
-        let h = lora.project();
-        lora.add(&h, &mut y);
+        let h = lora.add_delta_keeping_h(&mut y);
         Ok((y, h))
     })?;
     Ok((tensor_of(y, shape, x.dtype())?, tensor_of(h, (size.m, size.r), DType::F32)?))
@@ -124,9 +122,8 @@ pub fn lora_linear_with_dropout(
         return Ok(y.to_dtype(x.dtype())?);
     }
     if !x.device().is_cpu() && !cuda::takes(x.device()) {
-        fallback::allow(OP, x.device(), check::NO_KERNEL)?;
         let base = linear::composite(x, &w, bias.as_ref(), &linear::Size { m: size.m, k: size.k, n: size.n })?;
-        let delta = fused_lora::composite(x, a, b, s, dropout)?;
+        let delta = fused_lora::fused_lora_with_dropout(x, a, b, s, dropout)?;
         return Ok((base.reshape(delta.shape())? + delta)?);
     }
     let bias = bias.map(|bias| match cuda::takes(x.device()) {

@@ -6,9 +6,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{by_dtype, expect_dtype, on_cpu, record, rows, tensor};
-use crate::backend::cpu::{self, update, view};
+use super::check::{expect_dtype, on_cpu, rows, shape};
+use super::tape::record;
+use crate::backend::cpu::{self, by_dtype, tensor, update, view};
 use crate::{Error, Result};
 
 const OP: &str = "rms_norm";

@@ -6,9 +6,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::shape;
-use super::support::{by_dtype, dims3, expect_dtype, on_cpu, record};
-use crate::backend::cpu::{self, update, view};
+use super::check::{dims3, expect_dtype, on_cpu, shape};
+use super::tape::record;
+use crate::backend::cpu::{self, by_dtype, update, view};
 use crate::{Error, Result};
 
 const OP: &str = "rope";

@@ -5,10 +5,10 @@
 
 use candle_core::Tensor;
 
-use super::check::shape;
-use super::support::{by_dtype, on_cpu, record, tensor};
+use super::check::{on_cpu, shape};
+use super::tape::record;
 use crate::Result;
-use crate::backend::cpu::{self, view};
+use crate::backend::cpu::{self, by_dtype, tensor, view};
 
 const OP: &str = "swiglu";
 

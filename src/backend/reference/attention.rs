@@ -93,3 +93,27 @@ pub fn backward(q: &[f64], k: &[f64], v: &[f64], g: &[f64], problem: &Problem) -
 fn dot(a: &[f64], b: &[f64], n: usize) -> f64 {
     a[..n].iter().zip(&b[..n]).map(|(a, b)| a * b).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values, weighted_sum};
+    use super::*;
+
+    #[test]
+    fn backward_is_the_derivative() {
+        // A sequence, and one query that continues keys which another query has read too.
+        let sequences = vec![
+            Sequence { q_start: 0, q_len: 3, k_start: 1, k_len: 3 },
+            Sequence { q_start: 4, q_len: 1, k_start: 0, k_len: 4 },
+        ];
+        for window in [None, Some(2)] {
+            let sequences = sequences.clone();
+            let problem = Problem { q_heads: 4, kv_heads: 2, dim: 3, sequences, scale: 0.7, window };
+            let (q, k, v, g) = (values(60, 1), values(24, 2), values(24, 3), values(60, 4));
+            let (dq, dk, dv) = backward(&q, &k, &v, &g, &problem);
+            assert_gradient("dq", &q, &dq, |q| weighted_sum(&forward(q, &k, &v, &problem).0, &g));
+            assert_gradient("dk", &k, &dk, |k| weighted_sum(&forward(&q, k, &v, &problem).0, &g));
+            assert_gradient("dv", &v, &dv, |v| weighted_sum(&forward(&q, &k, v, &problem).0, &g));
+        }
+    }
+}

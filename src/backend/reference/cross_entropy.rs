@@ -39,3 +39,19 @@ fn softmax(row: &[f64], head: &[f64]) -> Vec<f64> {
     let sum: f64 = weights.iter().sum();
     weights.into_iter().map(|weight| weight / sum).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values};
+    use super::*;
+
+    #[test]
+    fn backward_is_the_derivative_of_the_scaled_sum() {
+        let (n, targets, scale) = (3, [4, IGNORE, 0, 2], 0.5);
+        let (hidden, head) = (values(4 * n, 1), values(5 * n, 2));
+        let (dhidden, dhead) = backward(&hidden, &head, n, &targets, scale);
+        assert_gradient("dhidden", &hidden, &dhidden, |hidden| scale * forward(hidden, &head, n, &targets).0);
+        assert_gradient("dhead", &head, &dhead, |head| scale * forward(&hidden, head, n, &targets).0);
+        assert_eq!(forward(&hidden, &head, n, &targets).1, 3);
+    }
+}

@@ -15,3 +15,16 @@ pub fn backward(ids: &[u32], g: &[f64], n: usize, vocab: usize) -> Vec<f64> {
     }
     dtable
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values, weighted_sum};
+    use super::*;
+
+    #[test]
+    fn backward_is_the_derivative() {
+        let (table, g, ids) = (values(12, 1), values(12, 2), [3, 0, 3, 1]);
+        let dtable = backward(&ids, &g, 3, 4);
+        assert_gradient("dtable", &table, &dtable, |table| weighted_sum(&forward(table, &ids, 3), &g));
+    }
+}

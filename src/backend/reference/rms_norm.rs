@@ -27,3 +27,17 @@ pub fn backward(x: &[f64], weight: &[f64], eps: f64, g: &[f64]) -> (Vec<f64>, Ve
     }
     (dx, dweight)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values, weighted_sum};
+    use super::*;
+
+    #[test]
+    fn backward_is_the_derivative() {
+        let (x, weight, g, eps) = (values(15, 1), values(5, 2), values(15, 3), 1e-2);
+        let (dx, dweight) = backward(&x, &weight, eps, &g);
+        assert_gradient("dx", &x, &dx, |x| weighted_sum(&forward(x, &weight, eps).0, &g));
+        assert_gradient("dweight", &weight, &dweight, |weight| weighted_sum(&forward(&x, weight, eps).0, &g));
+    }
+}

@@ -25,3 +25,21 @@ pub fn rotate(
     }
     y
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values, weighted_sum};
+    use super::*;
+
+    #[test]
+    fn the_inverse_is_the_derivative_and_undoes_the_rotation() {
+        let (heads, dim, positions) = (2, 6, [4, 0, 2]);
+        let angles = values(5 * dim / 2, 1);
+        let (cos, sin): (Vec<f64>, Vec<f64>) = angles.iter().map(|angle| (angle.cos(), angle.sin())).unzip();
+        let (x, g) = (values(3 * heads * dim, 2), values(3 * heads * dim, 3));
+        let rotated = |x: &[f64], inverse| rotate(x, &cos, &sin, &positions, heads, dim, inverse);
+        assert_gradient("dx", &x, &rotated(&g, true), |x| weighted_sum(&rotated(x, false), &g));
+        let back = rotated(&rotated(&x, false), true);
+        assert!(x.iter().zip(back).all(|(x, back)| (x - back).abs() < 1e-14));
+    }
+}

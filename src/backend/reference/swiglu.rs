@@ -15,3 +15,18 @@ pub fn backward(gate: &[f64], up: &[f64], g: &[f64]) -> (Vec<f64>, Vec<f64>) {
     }
     (dgate, dup)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::differences::{assert_gradient, values, weighted_sum};
+    use super::*;
+
+    #[test]
+    fn backward_is_the_derivative() {
+        let gate: Vec<f64> = values(12, 1).iter().map(|gate| 4.0 * gate).collect();
+        let (up, g) = (values(12, 2), values(12, 3));
+        let (dgate, dup) = backward(&gate, &up, &g);
+        assert_gradient("dgate", &gate, &dgate, |gate| weighted_sum(&forward(gate, &up), &g));
+        assert_gradient("dup", &up, &dup, |up| weighted_sum(&forward(&gate, up), &g));
+    }
+}

@@ -119,7 +119,7 @@ fn conversation(
     }
     let span = |turn: usize| -> Result<Option<Range<usize>>, String> {
         let (before, after) = (render(turn, true)?, render(turn + 1, false)?);
-        Ok((after.starts_with(&before) && text.starts_with(&after)).then(|| before.len()..after.len()))
+        Ok((after.starts_with(&before) && text.starts_with(&after)).then_some(before.len()..after.len()))
     };
     let turns = (trained_from..messages.len()).filter(|&turn| messages[turn].role == "assistant");
     let mut spans = Vec::new();
@@ -128,9 +128,11 @@ fn conversation(
         match span(turn)? {
             Some(span) => spans.push(span),
             None if turn + 1 == messages.len() => {
-                return Err("the chat template does not begin the answer where a generation would begin, so the prompt \
+                return Err(
+                    "the chat template does not begin the answer where a generation would begin, so the prompt \
                             cannot be masked; train without mask_prompt"
-                    .to_string());
+                        .to_string(),
+                );
             }
             None => lost = true,
         }

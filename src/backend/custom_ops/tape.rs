@@ -1,89 +1,12 @@
-//! What the ops share: choosing the element type, checks that name the tensor, and putting a computed result on the tape.
+//! Puts a result that was computed off Candle's tape onto it, with a backward of our own.
 
 use std::sync::Mutex;
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, MetalStorage, Shape, Storage,
-    Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Shape, Storage, Tensor,
 };
 
-use crate::backend::fallback::device_name;
 use crate::{Error, Result};
-
-/// Evaluates an expression of type `Result` with `$T` standing for the element type of `$dtype`: f32, f16 or bf16.
-macro_rules! by_dtype {
-    ($op:expr, $name:expr, $dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            candle_core::DType::F32 => {
-                type $T = f32;
-                $body
-            }
-            candle_core::DType::F16 => {
-                type $T = half::f16;
-                $body
-            }
-            candle_core::DType::BF16 => {
-                type $T = half::bf16;
-                $body
-            }
-            other => Err($crate::Error::op($op, format!("{} has dtype {other:?}; f32, f16 and bf16 are taken", $name))),
-        }
-    };
-}
-pub(crate) use by_dtype;
-
-/// Where an op has no kernel for `device`.
-pub(crate) fn no_kernel(op: &str, device: &Device) -> Error {
-    Error::Device {
-        device: device_name(device).to_string(),
-        problem: format!("{op} has no kernel for it; use the cpu"),
-    }
-}
-
-/// All tensors must be on the CPU; else an error that names the op and the device.
-pub(crate) fn on_cpu(op: &str, tensors: &[&Tensor]) -> Result<()> {
-    match tensors.iter().find(|tensor| !tensor.device().is_cpu()) {
-        Some(tensor) => Err(no_kernel(op, tensor.device())),
-        None => Ok(()),
-    }
-}
-
-/// `tensor` must have this dtype.
-pub(crate) fn expect_dtype(op: &'static str, name: &str, tensor: &Tensor, dtype: DType) -> Result<()> {
-    if tensor.dtype() == dtype {
-        return Ok(());
-    }
-    Err(Error::op(op, format!("{name} has dtype {:?}, but {dtype:?} is needed", tensor.dtype())))
-}
-
-/// The three sizes of `tensor`, called `form` in the message.
-pub(crate) fn dims3(op: &'static str, name: &str, tensor: &Tensor, form: &str) -> Result<(usize, usize, usize)> {
-    match *tensor.dims() {
-        [a, b, c] => Ok((a, b, c)),
-        ref dims => Err(Error::op(op, format!("{name} has shape {dims:?}, but {form} is needed"))),
-    }
-}
-
-/// The two sizes of `tensor`, called `form` in the message.
-pub(crate) fn dims2(op: &'static str, name: &str, tensor: &Tensor, form: &str) -> Result<(usize, usize)> {
-    match *tensor.dims() {
-        [a, b] => Ok((a, b)),
-        ref dims => Err(Error::op(op, format!("{name} has shape {dims:?}, but {form} is needed"))),
-    }
-}
-
-/// Rows and row length of `tensor`, all leading dimensions taken as rows.
-pub(crate) fn rows(op: &'static str, name: &str, tensor: &Tensor) -> Result<(usize, usize)> {
-    match tensor.dims().split_last() {
-        Some((&row, leading)) => Ok((leading.iter().product(), row)),
-        None => Err(Error::op(op, format!("{name} is a scalar; at least one dimension is needed"))),
-    }
-}
-
-/// A CPU tensor from the elements that a kernel wrote.
-pub(crate) fn tensor<T: candle_core::WithDType>(elements: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
-    Ok(Tensor::from_vec(elements, shape.into(), &Device::Cpu)?)
-}
 
 /// Puts `output`, computed from `inputs` outside the tape, on Candle's tape: `backward` gets the gradient of the output,
 /// contiguous and off the tape, and returns one gradient for each input, in the input's dtype (`None`: the input gets

@@ -1,0 +1,272 @@
+//! What does a training step cost, and where does the time go?
+//!
+//! `cargo bench --bench train_step -- [--modules qv|all] [--steps N] [--tokens T] [--checkpoint]`: SmolLM2-135M's sizes with random
+//! weights, f32, rank 8, one row of T tokens (512), on the CPU. Prints tokens per second and peak memory of whole steps, then
+//! milliseconds a step by kind of op, each measured alone at the step's shapes, and the bare matrix products of the step for
+//! scale. Times are medians.
+
+use std::collections::HashMap;
+use std::hint::black_box;
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use metal_candle::Result;
+use metal_candle::backend::cpu::gemm::{Matrix, MatrixMut, gemm};
+use metal_candle::backend::custom_ops::adamw::AdamW;
+use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
+use metal_candle::backend::custom_ops::{Sink, attention, cross_entropy, fused_lora, linear, rms_norm, rope, swiglu};
+use metal_candle::models::ModelConfig;
+use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
+use metal_candle::models::linear::{Adapter, DropoutRound};
+use metal_candle::training::params::Params;
+
+const RANK: usize = 8;
+
+fn main() -> Result<()> {
+    let options = Options::from_args();
+    // As the program does.
+    metal_candle::backend::cpu::memory::keep_freed();
+    let config = smollm2_135m();
+    println!(
+        "SmolLM2-135M, {} tokens, f32, rank {RANK} on {}, checkpointing {}; {}, {} threads, commit {}",
+        options.tokens,
+        if options.all { "all seven linears" } else { "q and v" },
+        if options.checkpoint { "every block" } else { "none" },
+        processor(),
+        rayon::current_num_threads(),
+        commit(),
+    );
+    let step = whole_steps(&config, &options)?;
+    by_op(&config, &options, step)
+}
+
+struct Options {
+    all: bool,
+    checkpoint: bool,
+    steps: usize,
+    tokens: usize,
+}
+
+impl Options {
+    fn from_args() -> Self {
+        let mut options = Self { all: false, checkpoint: false, steps: 3, tokens: 512 };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            let mut number = || args.next().and_then(|value| value.parse().ok()).filter(|&number| number > 0);
+            match arg.as_str() {
+                "--bench" => {}
+                "--checkpoint" => options.checkpoint = true,
+                "--steps" => options.steps = number().unwrap_or_else(|| usage("--steps needs a number over 0")),
+                "--tokens" => options.tokens = number().unwrap_or_else(|| usage("--tokens needs a number over 0")),
+                "--modules" => match args.next().as_deref() {
+                    Some("qv") => options.all = false,
+                    Some("all") => options.all = true,
+                    _ => usage("--modules is qv or all"),
+                },
+                other => usage(&format!("{other} is not known")),
+            }
+        }
+        options
+    }
+}
+
+fn usage(problem: &str) -> ! {
+    eprintln!("{problem}; usage: train_step [--modules qv|all] [--steps N] [--tokens T] [--checkpoint]");
+    std::process::exit(2)
+}
+
+fn smollm2_135m() -> ModelConfig {
+    let json = serde_json::json!({
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0, "tie_word_embeddings": true
+    });
+    ModelConfig::from_value("SmolLM2-135M".as_ref(), &json).expect("the sizes above are those of a model")
+}
+
+/// Seconds of a step: loss, gradients, norm, AdamW.
+fn whole_steps(config: &ModelConfig, options: &Options) -> Result<f64> {
+    let device = Device::Cpu;
+    let mut weights = HashMap::new();
+    for (name, shape) in config.weight_shapes() {
+        let spread = if shape.len() == 1 { 0.0 } else { 1.0 / (shape[shape.len() - 1] as f64).sqrt() };
+        let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
+        weights.insert(name, Tensor::randn(mean as f32, spread as f32, shape, &device)?);
+    }
+    let mut decoder = Decoder::new(config, weights, &device)?;
+    let wanted = |path: &str| options.all || path.ends_with("q_proj") || path.ends_with("v_proj");
+    let targets: Vec<(String, (usize, usize))> =
+        decoder.linears().filter(|(path, _)| wanted(path)).map(|(path, linear)| (path, linear.sizes())).collect();
+    let mut initial = Vec::new();
+    for (path, (k, n)) in &targets {
+        initial.push((format!("{path}.a"), Tensor::randn(0.0_f32, 0.02, (*k, RANK), &device)?));
+        initial.push((format!("{path}.b"), Tensor::randn(0.0_f32, 0.02, (RANK, *n), &device)?));
+    }
+    let params = Params::new(&initial, &device)?;
+    let named = params.named()?;
+    for (number, ((path, _), pair)) in targets.iter().zip(named.chunks_exact(2)).enumerate() {
+        let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
+        decoder.attach(path, Some(Adapter { a, b, scaling: 2.0, dropout: 0.0, number: number as u32 }))?;
+    }
+
+    let tokens: Vec<u32> = (0..options.tokens as u32).map(|i| i * 7919 % config.vocab_size as u32).collect();
+    let targets = tokens.iter().map(|token| (token + 1) % config.vocab_size as u32).collect();
+    let batch = Batch { tokens, targets, lengths: vec![options.tokens] };
+    let checkpointing = if options.checkpoint { Checkpointing::EveryBlock } else { Checkpointing::None };
+    let round = DropoutRound { seed: 0, round: 0 };
+    let adamw = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
+    let mut seconds = Vec::new();
+    for t in 1..=options.steps + 1 {
+        let start = Instant::now();
+        params.zero_gradients()?;
+        let pass = TrainPass { checkpointing, round, scale: 1.0 / options.tokens as f32 };
+        let loss = decoder.loss_and_gradients(&batch, pass)?;
+        let norm = params.gradient_norm()?;
+        params.step(&adamw, 1.0, t)?;
+        let now = start.elapsed().as_secs_f64();
+        println!("step {t}: {:.3} s, loss {:.4}, gradient norm {norm:.4}", now, loss.mean());
+        if t > 1 {
+            seconds.push(now);
+        }
+    }
+    let step = median(seconds);
+    println!("{:.0} tokens/s, peak resident {:.2} GB", options.tokens as f64 / step, peak_resident_gb());
+    Ok(step)
+}
+
+/// Milliseconds a step of each kind of op, measured alone.
+fn by_op(config: &ModelConfig, options: &Options, step: f64) -> Result<()> {
+    let (t, hidden, wide) = (options.tokens, config.hidden_size, config.intermediate_size);
+    let (heads, kv_heads, dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
+    let (layers, kv) = (config.num_layers as f64, kv_heads * dim);
+    let tensor = |shape: &[usize]| Tensor::randn(0.0_f32, 1.0, shape, &Device::Cpu);
+    // Every linear as (k, n), and whether it has an adapter.
+    let linears = [
+        (hidden, heads * dim, true),
+        (hidden, kv, options.all),
+        (hidden, kv, true),
+        (heads * dim, hidden, options.all),
+        (hidden, wide, options.all),
+        (hidden, wide, options.all),
+        (wide, hidden, options.all),
+    ];
+    let (x, w_norm, rstd) = (tensor(&[t, hidden])?, tensor(&[hidden])?, tensor(&[t])?);
+    let dx = x.zeros_like()?;
+    let mut rows: Vec<(&str, f64)> = Vec::new();
+
+    let (mut bare, mut base_forward, mut base_backward, mut lora_forward, mut lora_backward) =
+        (0.0, 0.0, 0.0, 0.0, 0.0);
+    for (k, n, adapted) in linears {
+        let (x, w, g) = (tensor(&[t, k])?, tensor(&[n, k])?, tensor(&[t, n])?);
+        let (a, b, dx) = (tensor(&[k, RANK])?, tensor(&[RANK, n])?, x.zeros_like()?);
+        bare += layers * 2.0 * bare_product(t, n, k);
+        base_forward += layers * time(|| linear::forward(&x, &w, None).map(drop))?;
+        base_backward += layers * time(|| linear::backward(&x, &w, &g, Some(&dx), None, None))?;
+        if adapted {
+            let y = g.zeros_like()?;
+            let h = fused_lora::add_into(&y, &x, &a, &b, 2.0, None)?;
+            let (da, db) = (a.zeros_like()?, b.zeros_like()?);
+            let sink = Sink { dx: Some(&dx), da: Some(&da), db: Some(&db) };
+            lora_forward += layers * time(|| fused_lora::add_into(&y, &x, &a, &b, 2.0, None).map(drop))?;
+            lora_backward += layers * time(|| fused_lora::backward(&x, &a, &b, Some(&h), &g, 2.0, None, sink))?;
+        }
+    }
+    rows.push(("linear forward", base_forward));
+    rows.push(("linear backward", base_backward));
+    rows.push(("adapter forward", lora_forward));
+    rows.push(("adapter backward", lora_backward));
+
+    let (q, k) = (tensor(&[t, heads, dim])?, tensor(&[t, kv_heads, dim])?);
+    let v = tensor(&[t, kv_heads, dim])?;
+    let sequences = [Sequence { q_start: 0, q_len: t, k_start: 0, k_len: t }];
+    let args = AttentionArgs { sequences: &sequences, scale: 0.125, window: None };
+    let (o, lse) = attention::forward(&q, &k, &v, args)?;
+    rows.push(("attention forward", layers * time(|| attention::forward(&q, &k, &v, args).map(drop))?));
+    rows.push(("attention backward", layers * time(|| attention::backward(&q, &k, &v, &o, &lse, &q, args).map(drop))?));
+
+    let norm = time(|| rms_norm::forward(&x, &w_norm, 1e-5).map(drop))?;
+    let norm_add = time(|| rms_norm::forward_add(&x, &dx, &w_norm, 1e-5).map(drop))?;
+    rows.push(("rms_norm forward", layers * (norm + norm_add)));
+    let norm = time(|| rms_norm::backward(&x, &w_norm, &rstd, &x, &dx, None))?;
+    rows.push(("rms_norm backward", layers * 2.0 * norm));
+
+    let table = tensor(&[t, dim / 2])?;
+    let positions: Vec<u32> = (0..t as u32).collect();
+    let rotate = |x: &Tensor| time(|| rope::rotate(x, &table, &table, &positions, false));
+    rows.push(("rope", 2.0 * layers * (rotate(&q.zeros_like()?)? + rotate(&k.zeros_like()?)?)));
+
+    let (gate, up) = (tensor(&[t, wide])?, tensor(&[t, wide])?);
+    let forward = time(|| swiglu::forward(&gate, &up).map(drop))?;
+    let backward = time(|| swiglu::backward(&gate, &up, &up).map(drop))?;
+    rows.push(("swiglu forward, twice", 2.0 * layers * forward));
+    rows.push(("swiglu backward", layers * backward));
+
+    let (hidden_states, head) = (tensor(&[t, hidden])?, tensor(&[config.vocab_size, hidden])?);
+    let targets: Vec<u32> = (0..t as u32).collect();
+    let loss = || cross_entropy::forward_backward(&hidden_states, &head, &targets, 1.0, None).map(drop);
+    rows.push(("cross_entropy with head", time(loss)?));
+    let bare_head = 2.0 * bare_product(t, config.vocab_size, hidden);
+
+    println!("\n{:<28}{:>8}{:>10}", "a step, each op alone", "ms", "share");
+    let sum: f64 = rows.iter().map(|(_, seconds)| seconds).sum();
+    for (name, seconds) in rows.iter().chain(&[("sum", sum), ("the whole step", step)]) {
+        println!("{name:<28}{:>8.1}{:>9.1}%", seconds * 1e3, seconds / step * 100.0);
+    }
+    println!("bare products of the linears {:>7.1}{:>9.1}%", bare * 1e3, bare / step * 100.0);
+    println!("bare products of the head    {:>7.1}{:>9.1}%", bare_head * 1e3, bare_head / step * 100.0);
+    Ok(())
+}
+
+/// Seconds of `[m, k] · [k, n]`.
+fn bare_product(m: usize, n: usize, k: usize) -> f64 {
+    let (lhs, rhs, mut dst) = (vec![1.0; m * k], vec![1.0; n * k], vec![0.0; m * n]);
+    let mut run = || {
+        let rhs = Matrix::new(&rhs, n, k).t();
+        gemm(MatrixMut::new(&mut dst, m, n), 0.0, 1.0, Matrix::new(&lhs, m, k), rhs);
+        Ok(())
+    };
+    time(&mut run).unwrap_or(f64::NAN)
+}
+
+/// The median of as many runs as take a tenth of a second, at least 3.
+fn time(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    black_box(run()?);
+    let (start, mut seconds) = (Instant::now(), Vec::new());
+    while seconds.len() < 3 || start.elapsed().as_secs_f64() < 0.1 {
+        let start = Instant::now();
+        black_box(run()?);
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    Ok(median(seconds))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    name.map_or(std::env::consts::ARCH, |(_, name)| name).to_string()
+}
+
+fn commit() -> String {
+    let output = std::process::Command::new("git").args(["describe", "--always", "--dirty"]).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_string()).unwrap_or_default();
+    if text.is_empty() { "unknown".into() } else { text }
+}
+
+/// The most memory that this process has had, in units of 10⁹ bytes.
+#[cfg(unix)]
+fn peak_resident_gb() -> f64 {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
+    // The system counts in KiB, Apple's in bytes.
+    let unit = if cfg!(target_vendor = "apple") { 1.0 } else { 1024.0 };
+    usage.map_or(f64::NAN, |usage| usage.max_rss() as f64 * unit / 1e9)
+}
+
+#[cfg(not(unix))]
+fn peak_resident_gb() -> f64 {
+    f64::NAN
+}

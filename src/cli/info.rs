@@ -1,0 +1,104 @@
+//! `metal-candle info`: what this program can do here, and what a model or an adapter is.
+
+use candle_core::DType;
+use clap::Args;
+use metal_candle::models::ModelFiles;
+use metal_candle::training::adapter::AdapterFile;
+
+use super::Outcome;
+use super::device::DeviceKind;
+
+/// Tell what this program can do on this machine, and what a model or an adapter is.
+#[derive(Args)]
+pub struct Info {
+    /// A folder, a GGUF file, or the name of a model on the hub
+    #[arg(long)]
+    model: Option<String>,
+    /// The folder of an adapter
+    #[arg(long, value_name = "FOLDER")]
+    adapter_path: Option<std::path::PathBuf>,
+}
+
+impl Info {
+    /// Runs the subcommand.
+    pub fn run(self) -> Outcome {
+        if self.model.is_none() && self.adapter_path.is_none() {
+            machine();
+        }
+        if let Some(name) = &self.model {
+            model(&ModelFiles::open(name)?);
+        }
+        if let Some(path) = &self.adapter_path {
+            adapter(&AdapterFile::load(path)?);
+        }
+        Ok(())
+    }
+}
+
+fn machine() {
+    row("version", env!("CARGO_PKG_VERSION"));
+    row("threads", &rayon::current_num_threads().to_string());
+    row("vectors", vectors());
+    for kind in [DeviceKind::Cpu, DeviceKind::Cuda, DeviceKind::Metal] {
+        let state = match kind.open() {
+            Ok(_) => "trains and generates".to_string(),
+            Err(error) => error.to_string(),
+        };
+        row(&format!("{kind:?}").to_lowercase(), &state);
+    }
+    let strict = std::env::var("METAL_CANDLE_STRICT").is_ok_and(|value| !value.is_empty() && value != "0");
+    row("fallbacks", if strict { "are errors (METAL_CANDLE_STRICT)" } else { "warn once" });
+}
+
+fn vectors() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "AVX-512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "AVX2 and FMA";
+        }
+        "SSE2; a processor with AVX2 would be several times faster"
+    }
+    #[cfg(target_arch = "aarch64")]
+    return "NEON";
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    "none"
+}
+
+fn model(files: &ModelFiles) {
+    let config = &files.config;
+    let values: usize = config.weight_shapes().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    row("model", &files.name);
+    row("family", &config.model_type);
+    row(
+        "values",
+        &format!("{values} ({:.2} GB in memory as f32)", values as f64 * DType::F32.size_in_bytes() as f64 / 1e9),
+    );
+    row("blocks", &config.num_layers.to_string());
+    row("hidden size", &format!("{}, {} in the MLP", config.hidden_size, config.intermediate_size));
+    row("heads", &format!("{} of {}, {} for keys and values", config.num_heads, config.head_dim, config.num_kv_heads));
+    let tied = if config.tie_word_embeddings { "the embedding" } else { "its own" };
+    row("vocabulary", &format!("{} tokens; output projection: {tied}", config.vocab_size));
+    row("context", &format!("{} tokens, rotary base {}", config.max_position_embeddings, config.rope_theta));
+    if let Some(window) = config.sliding_window {
+        row("window", &format!("{window} tokens from block {}", config.sliding_window_from_layer));
+    }
+    row("chat template", if files.tokenizer.has_chat_template() { "yes" } else { "no" });
+    let end = files.tokenizer.eos_token().map_or("none", |(_, text)| text);
+    row("end token", end);
+}
+
+fn adapter(file: &AdapterFile) {
+    let values: usize = file.tensors.values().map(|(a, b)| a.elem_count() + b.elem_count()).sum();
+    row("made for", &file.base_model);
+    row("rank", &file.config.rank.to_string());
+    row("alpha", &format!("{}, scaling {}", file.config.alpha, file.scaling()));
+    row("values", &format!("{values} on {} linears", file.tensors.len()));
+    row("targets", &file.config.target_modules.join(", "));
+}
+
+fn row(name: &str, value: &str) {
+    println!("{name:<14} {value}");
+}

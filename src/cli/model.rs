@@ -1,0 +1,99 @@
+//! The model that a subcommand runs, with its adapter.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use clap::Args;
+use metal_candle::inference::Sampling;
+use metal_candle::models::ModelFiles;
+use metal_candle::models::decoder::Decoder;
+use metal_candle::training::adapter::AdapterFile;
+use metal_candle::{Error, Result};
+
+use super::device::DeviceKind;
+
+/// Which model, which adapter, where.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// A folder, a GGUF file, or the name of a model on the hub [default: the one that the adapter was made for]
+    #[arg(long, help_heading = "Model")]
+    pub model: Option<String>,
+    /// The folder of an adapter to put on the model
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    pub adapter_path: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
+    pub device: DeviceKind,
+}
+
+impl ModelArgs {
+    /// Opens the model and puts the adapter on it.
+    pub fn open(&self) -> Result<(ModelFiles, Decoder)> {
+        let device = self.device.open()?;
+        let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
+        let files = ModelFiles::open(&self.name(adapter.as_ref())?)?;
+        let mut decoder = Decoder::new(&files.config, files.weights(DType::F32, &device)?, &device)?;
+        if let Some(adapter) = adapter {
+            adapter.attach(&mut decoder, &device)?;
+        }
+        Ok((files, decoder))
+    }
+
+    fn name(&self, adapter: Option<&AdapterFile>) -> Result<String> {
+        match (&self.model, adapter) {
+            (Some(model), _) => Ok(model.clone()),
+            (None, Some(adapter)) => Ok(adapter.base_model.clone()),
+            (None, None) => Err(Error::setting("--model", "is needed where there is no --adapter-path to tell it")),
+        }
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// The most tokens to generate
+    #[arg(short, long, value_name = "N", default_value_t = 100, help_heading = "Generation")]
+    pub max_tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token
+    #[arg(long, value_name = "T", allow_negative_numbers = true, default_value_t = 0.0, help_heading = "Generation")]
+    temp: f64,
+    /// Draw from the likeliest tokens that together reach this probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 1.0, help_heading = "Generation")]
+    top_p: f64,
+    /// Draw from this many of the likeliest tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0, help_heading = "Generation")]
+    top_k: usize,
+    /// Leave out tokens under this share of the likeliest one's probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.0, help_heading = "Generation")]
+    min_p: f64,
+    /// Divides the logits of tokens that were seen; 1 for no penalty
+    #[arg(long, value_name = "X", allow_negative_numbers = true, default_value_t = 1.0, help_heading = "Generation")]
+    repetition_penalty: f64,
+    /// Seeds the draws
+    #[arg(long, default_value_t = 0, help_heading = "Generation")]
+    seed: u64,
+    /// A text that ends the generation; may be given several times
+    #[arg(long, value_name = "TEXT", help_heading = "Generation")]
+    stop: Vec<String>,
+    /// What the model is told before everything else
+    #[arg(long, value_name = "TEXT", help_heading = "Generation")]
+    pub system_prompt: Option<String>,
+}
+
+impl SamplingArgs {
+    /// The library's form of it.
+    ///
+    /// # Errors
+    /// Values without meaning, and draws asked for where the likeliest token is taken.
+    pub fn options(&self) -> Result<metal_candle::inference::GenerateOptions> {
+        let Self { temp, top_p, top_k, min_p, repetition_penalty, seed, .. } = *self;
+        let sampling = Sampling { temperature: temp, top_k, top_p, min_p, repetition_penalty, seed };
+        sampling.check()?;
+        if temp == 0.0 && (top_p != 1.0 || top_k != 0 || min_p != 0.0 || seed != 0) {
+            let problem = "is 0, so the likeliest token is taken and --top-p, --top-k, --min-p and --seed change nothing; \
+                           give a temperature or leave them out";
+            return Err(Error::setting("--temp", problem));
+        }
+        Ok(metal_candle::inference::GenerateOptions { max_tokens: self.max_tokens, sampling, stop: self.stop.clone() })
+    }
+}

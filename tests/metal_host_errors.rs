@@ -1,0 +1,185 @@
+//! The CPU host of `kernels.metal` sees what it is there for: each error is planted once.
+#![cfg(unix)]
+#![allow(missing_docs)]
+
+#[path = "metal_host/case.rs"]
+mod case;
+mod common;
+#[path = "metal_host/harness.rs"]
+mod harness;
+
+use candle_core::DType;
+use case::{Case, Cases, ORDERS, bytes, values};
+use common::random;
+use harness::{Host, KERNELS, PLACES, Tensors, change};
+use metal_candle::backend::metal::plan::{Binding, Launch, Params, Plan, Slot};
+
+/// The kernels for f32 alone: a planted error in a template shows there too, and they compile in a fraction of the time.
+fn f32_only(text: &str) -> String {
+    text.split("ADAPTER(f16, f32").next().unwrap().to_string()
+}
+
+/// Cases in which every loop of every kernel runs more than once, in few steps: k and n beyond what the simdgroups of a
+/// threadgroup cover at once, ranks of more than one block, several tiles and chunks of rows.
+fn sensitive_cases() -> Cases {
+    let f32s = |m, size| (format!("m {m}, {size:?}"), Case::new(m, size, DType::F32, DType::F32).with_dropout());
+    vec![f32s(2, [70, 9, 150]), f32s(130, [100, 35, 110]), f32s(2049, [75, 6, 70])]
+}
+
+/// Why `text` is not right; `None` if nothing was seen.
+fn seen(text: &str) -> Option<String> {
+    let host = Host::compile(&f32_only(text)).unwrap();
+    sensitive_cases().iter().find_map(|(what, case)| case.check(&host, what).err())
+}
+
+#[test]
+fn unchanged_kernels_pass_the_cases_that_find_errors() {
+    assert_eq!(seen(KERNELS), None);
+}
+
+/// Each barrier alone, taken out.
+#[test]
+fn every_missing_barrier_is_seen() {
+    let places: Vec<usize> = KERNELS.match_indices("_barrier(mem_flags::mem_threadgroup);").map(|(at, _)| at).collect();
+    assert_eq!(places.len(), 15);
+    let mut missed = Vec::new();
+    for at in places {
+        let start = KERNELS[..at].rfind('\n').unwrap();
+        let end = at + KERNELS[at..].find('\n').unwrap();
+        let text = format!("{}{}", &KERNELS[..start], &KERNELS[end..]);
+        let line = KERNELS[..at].matches('\n').count() + 1;
+        if seen(&text).is_none() {
+            missed.push(line);
+        }
+    }
+    assert!(missed.is_empty(), "nothing was seen of the missing barriers of lines {missed:?}");
+}
+
+/// Wrong indices, swapped dimensions, wrong constants: each shows as a wrong value, NaN, or an access out of bounds.
+#[test]
+fn planted_errors_are_seen() {
+    let errors = [
+        // Wrong indices.
+        ("float(matrix[index + e])", "float(matrix[index + e + 1])"),
+        ("right_stage[i * width + j] = ", "right_stage[i * DEPTH + j] = "),
+        (
+            "hidden[ulong(row + i) * rank + j] = shared[i * padded(rank) + j]",
+            "hidden[ulong(row + i) * rank + j] = shared[i * rank + j]",
+        ),
+        ("partial + ulong(group.y) * columns * rank", "partial + ulong(group.y) * columns"),
+        ("sum += parts[simdgroup * rank + j];", "sum += parts[simdgroup * rank];"),
+        ("stage + 8 * i, COLUMNS, ulong2(0, 0), true", "stage + 8 * i, COLUMNS, ulong2(0, 0), false"),
+        // Swapped dimensions.
+        (
+            "(first + j) * depth + d + i : (d + i) * rank + first + j",
+            "(d + i) * rank + first + j : (d + i) * rank + first + j",
+        ),
+        ("(c + j) * rank + d + i : (d + i) * columns + c + j", "(d + i) * columns + c + j : (d + i) * columns + c + j"),
+        ("TRANSPOSED ? c * rank + j : j * columns + c", "TRANSPOSED ? j * columns + c : j * columns + c"),
+        (
+            "partial_gradient<true, false>(gradient, hidden, partial, params.out_features",
+            "partial_gradient<true, false>(gradient, hidden, partial, params.in_features",
+        ),
+        // Bounds that are off by one.
+        ("if (row + i < end && column + j < columns) {", "if (row + i <= end && column + j < columns) {"),
+        ("for (uint d = 0; d < rank; d += 8) {", "for (uint d = 8; d < rank; d += 8) {"),
+        ("uint chunk = 1; chunk < params.chunks", "uint chunk = 2; chunk < params.chunks"),
+        // Dropout.
+        ("counter.w ^ key.y", "counter.w ^ key.x"),
+        ("if (i > 0 && word == 0) {", "if (i > 4 && word == 0) {"),
+        // Added where it must be set, set where it must be added.
+        ("expand<false, false, false>(shared, lora_b", "expand<false, true, false>(shared, lora_b"),
+        ("gradient[element] += sum;", "gradient[element] = sum;"),
+        // Threadgroup memory that overlaps.
+        ("return max(DEPTH * (ROWS + block_width(rank, 0)), ROWS * COLUMNS);", "return DEPTH * ROWS;"),
+    ];
+    for (from, to) in errors {
+        assert!(seen(&change(KERNELS, from, to)).is_some(), "nothing was seen of {to}");
+    }
+}
+
+/// A kernel `probe_NAME` for each body, which has x, y of 64 floats, 64 floats of threadgroup memory and two simdgroups.
+fn probes(bodies: &[(&str, &str)]) -> String {
+    let mut text = "#include <metal_stdlib>\nusing namespace metal;\n".to_string();
+    for (name, body) in bodies {
+        let places = PLACES.map(|place| format!("uint {place} [[{place}]]")).join(", ");
+        let places = places.replacen("uint ", "uint3 ", 1).replace("uint thread_index_in_threadgroup", "uint i");
+        let places = places.replace("uint thread_index_in_simdgroup", "uint lane");
+        text += &format!(
+            "template <typename T> kernel void probe_{name}(device const T* x [[buffer(0)]], device T* y [[buffer(1)]], \
+             threadgroup T* shared [[threadgroup(0)]], {places}) {{\n{body}\n}}\n\
+             INSTANTIATE(\"{name}\", probe_{name}, float)\n"
+        );
+    }
+    text
+}
+
+fn run_probe(host: &Host, name: &str, change: impl Fn(&mut Launch)) -> Result<Vec<f64>, String> {
+    let mut launch = Launch {
+        kernel: name.to_string(),
+        bindings: vec![Binding::Read(Slot::X), Binding::Write(Slot::Y)],
+        params: Params::default(),
+        grid: [1, 1, 1],
+        threads: 64,
+        threadgroup_bytes: 256,
+    };
+    change(&mut launch);
+    let x = random(&[64], DType::F32, 1);
+    let tensors = Tensors { given: [(Slot::X, bytes(&x))].into(), made: [(Slot::Y, 256)].into() };
+    let plan = Plan { launches: vec![launch], scratch: Vec::new() };
+    Ok(values(&host.run(&plan, &tensors, ORDERS)?[&Slot::Y], DType::F32))
+}
+
+/// The rules of Metal, each broken once in a kernel of one line.
+#[test]
+fn every_broken_rule_is_an_error() {
+    const BARRIER: &str = "threadgroup_barrier(mem_flags::mem_threadgroup);";
+    let through_memory = format!("shared[i] = x[i]; {BARRIER} y[i] = shared[63 - i];");
+    let half_a_barrier = format!("if (i < 32) {{ {BARRIER} }} y[i] = x[i];");
+    let two_barriers = format!("if (i < 32) {{ {BARRIER} }} else {{\n{BARRIER} }} y[i] = x[i];");
+    let divergent_load = format!(
+        "shared[i] = 0; {BARRIER} simdgroup_float8x8 m; if (lane == 3) simdgroup_load(m, shared, 8); \
+        {BARRIER} y[i] = 0;"
+    );
+    let bodies = [
+        ("right", through_memory.as_str(), ""),
+        ("sum", "y[i] = simd_sum(x[i]);", ""),
+        ("no_barrier", "shared[i] = x[i]; y[i] = shared[63 - i];", "differs between orders"),
+        ("no_simdgroup_barrier", "shared[i] = x[i]; y[i] = shared[i ^ 1];", "differs between orders"),
+        ("half_a_barrier", &half_a_barrier, "a barrier that not all threads"),
+        ("two_barriers", &two_barriers, "a barrier that not all threads"),
+        ("flags", "threadgroup_barrier(mem_flags::mem_none); y[i] = x[i];", "does not order threadgroup memory"),
+        (
+            "divergent_sum",
+            "y[i] = 0; if (lane < 16) y[i] = simd_sum(x[i]);",
+            "a simdgroup operation that not all lanes reach",
+        ),
+        ("divergent_load", &divergent_load, "different simdgroup operations"),
+        ("beyond", "y[i] = x[i + 1];", "out of bounds: byte 256 of X"),
+        ("before", "y[i] = x[i - 1];", "out of bounds"),
+        ("far_beyond", "y[i] = x[4000000000u + i];", "out of bounds"),
+        ("write_beyond", "y[i + 1] = x[i]; y[0] = 0;", "of Y, which has 256"),
+        ("threadgroup_beyond", "shared[i + 1] = x[i]; y[i] = 0;", "of threadgroup memory, which has 256"),
+        ("write_to_input", "((device T*)x)[i] = 0; y[i] = 0;", "a write to X"),
+        ("vector", "float4 v = float4(0.0f); y[i] = v[i];", "a vector of four"),
+    ];
+    let text = probes(&bodies.map(|(name, body, _)| (name, body)));
+    let nothing = [("unset", "y[i] = shared[i];"), ("unwritten", "if (i > 9) y[i] = x[i];")];
+    let host = Host::compile(&(text + &probes(&nothing))).unwrap();
+    for (name, _, want) in bodies {
+        match run_probe(&host, name, |_| {}) {
+            Ok(y) => assert!(want.is_empty() && y.iter().all(|y| y.is_finite()), "{name} passed"),
+            Err(error) => assert!(!want.is_empty() && error.contains(want), "{name}: {error}"),
+        }
+    }
+    for (name, _) in nothing {
+        assert!(run_probe(&host, name, |_| {}).unwrap().iter().any(|y| y.is_nan()), "{name}");
+    }
+    let error = |change: fn(&mut Launch)| run_probe(&host, "right", change).unwrap_err();
+    assert!(error(|launch| launch.threads = 2048).contains("2048 threads"));
+    assert!(error(|launch| launch.threads = 48).contains("whole simdgroups"));
+    assert!(error(|launch| launch.threadgroup_bytes = 40_000).contains("40000 bytes of threadgroup memory"));
+    assert!(error(|launch| launch.threadgroup_bytes = 128).contains("threadgroup memory, which has 128"));
+    assert!(error(|launch| launch.bindings.truncate(1)).contains("does not bind"));
+    assert!(error(|launch| launch.kernel = "wrong".to_string()).contains("no such kernel"));
+}
