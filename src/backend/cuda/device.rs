@@ -49,6 +49,12 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
+    /// Whether an early start of the next kernel pays: not where its blocks would take the room of some of this one's, and so
+    /// leave multiprocessors unevenly loaded.
+    fn depends(self) -> bool {
+        !matches!(self, Self::Forward { tiles: 1 | 2, .. })
+    }
+
     /// Module and name, as `fused_lora.cu` and `fused_lora_backward.cu` have them.
     fn name(self) -> (usize, String) {
         let way = |vector| if vector { "v" } else { "s" };
@@ -174,7 +180,7 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: stream.cu_stream(),
             attrs: &mut attribute,
-            numAttrs: self.dependent_launch as u32,
+            numAttrs: (self.dependent_launch && kernel.depends()) as u32,
         };
         let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the caller's; the driver copies the parameters before it returns.

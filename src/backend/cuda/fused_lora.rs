@@ -496,7 +496,14 @@ impl Call<'_> {
             return unsafe { self.gpu.launch(kernel, grid, warps, 0, self.stream, &args) };
         }
         let ranks = ranks(r, vector);
-        let tiles = if vector && ranks <= 32 && m.div_ceil(32) * 4 >= self.gpu.sms * 3 { 2 } else { 1 };
+        // The most rows a block for which three quarters of the multiprocessors still get one.
+        let fills = |tiles: &usize| m.div_ceil(16 * tiles) * 4 >= self.gpu.sms * 3;
+        let most = match (vector, ranks) {
+            (true, ..=16) if x.dtype == DType::BF16 => 4,
+            (true, ..=32) => 2,
+            _ => 1,
+        };
+        let tiles = [4, 2].into_iter().filter(|&tiles| tiles <= most).find(fills).unwrap_or(1);
         self.launch_forward(types, ranks, tiles, vector, args)
     }
 
@@ -543,7 +550,7 @@ impl Call<'_> {
         };
         let budget = self.gpu.shared / 2 - 1024;
         let mut warps = k.max(n).div_ceil(32).clamp(1, 8);
-        let mut stages = if vector { k.div_ceil(32 * warps).clamp(1, 3) } else { 1 };
+        let mut stages = if vector { k.div_ceil(32 * warps).clamp(1, 2) } else { 1 };
         while shared(warps, stages) > budget && stages > 1 {
             stages -= 1;
         }

@@ -237,19 +237,30 @@ template <class T, class W, int NR, bool VEC> struct Input {
   static constexpr int UT = T::UP, AT = least(W::TERMS, T::UP);
   typedef typename W::Raw A;
 
-  // u of a segment's rows, zeros beyond the block's rows and the ranks.
-  static __device__ __forceinline__ void sum_parts(const InputArgs& p, float* sums, int64_t row, int64_t end) {
-    constexpr int EACH = 8;  // elements of a thread whose loads are in flight together
-    for (int i0 = threadIdx.x; i0 < SEGMENT * 16 * PITCH; i0 += EACH * blockDim.x) {
-      float sum[EACH] = {};
-      for (int part = 0; part < p.u_part_count; part++)
-        UNROLL for (int e = 0; e < EACH; e++) {
-          int i = i0 + e * blockDim.x, rank = i % PITCH;
+  // u of a segment's rows, zeros beyond the block's rows and the ranks. Four ranks at a time where r allows.
+  template <int WIDTH> static __device__ __forceinline__ void sum_parts(const InputArgs& p, float* sums, int64_t row, int64_t end) {
+    constexpr int COUNT = SEGMENT * 16 * PITCH / WIDTH, UNROLLED = 4;
+    for (int i0 = threadIdx.x; i0 < COUNT; i0 += 2 * blockDim.x) {
+      float sum[2][WIDTH] = {};
+      for (int part0 = 0; part0 < p.u_part_count; part0 += UNROLLED)
+        UNROLL for (int e = 0; e < 2; e++) {
+          int i = (i0 + e * blockDim.x) * WIDTH, rank = i % PITCH;
           int64_t at = row + i / PITCH;
-          if (at < end && rank < RANKS && p.rank0 + rank < p.r && i < SEGMENT * 16 * PITCH) sum[e] += p.u_parts[((int64_t)part * p.m + at) * p.r + p.rank0 + rank];
+          bool there = at < end && rank < RANKS && p.rank0 + rank < p.r && i < COUNT * WIDTH;
+          const float* from = p.u_parts + ((int64_t)part0 * p.m + at) * p.r + p.rank0 + rank;
+          UNROLL for (int part = 0; part < UNROLLED; part++) {
+            if (!there || part0 + part >= p.u_part_count) continue;
+            if constexpr (WIDTH == 4) {
+              float4 v = __ldg((const float4*)(from + part * p.m * p.r));
+              sum[e][0] += v.x, sum[e][1] += v.y, sum[e][2] += v.z, sum[e][3] += v.w;
+            } else {
+              sum[e][0] += __ldg(from + part * p.m * p.r);
+            }
+          }
         }
-      UNROLL for (int e = 0; e < EACH; e++)
-        if (i0 + e * (int)blockDim.x < SEGMENT * 16 * PITCH) sums[i0 + e * blockDim.x] = sum[e];
+      UNROLL for (int e = 0; e < 2; e++)
+        UNROLL for (int w = 0; w < WIDTH; w++)
+          if (i0 + e * (int)blockDim.x < COUNT) sums[(i0 + e * blockDim.x) * WIDTH + w] = sum[e][w];
     }
   }
 
@@ -287,7 +298,8 @@ template <class T, class W, int NR, bool VEC> struct Input {
       int segment_tile = (int)(row - row0) / 16 % SEGMENT;
       if (segment_tile == 0) {
         __syncthreads();
-        sum_parts(p, sums, row, end);
+        if (p.r % 4 == 0) sum_parts<4>(p, sums, row, end);
+        else sum_parts<1>(p, sums, row, end);
         __syncthreads();
         auto u = [&](int i, int rank) { return sums[i * PITCH + rank]; };
         if (p.da_parts) left_fragments<true, FINE>(left, SEGMENT, RANK_TILES, u);
