@@ -43,9 +43,11 @@ W
 chmod +x "$dir/bin/nvcc"
 
 # RUSTFLAGS: cudarc opens the libraries at run time. They must not reach build scripts, hence the target.
-cat > "$dir/env.sh" <<E
+cat > "$dir/env.sh" <<END
 export CUDA_HOME="$home"
 export PATH="$dir/bin:\$CUDA_HOME/bin:\$PATH"
 export CUDA_COMPUTE_CAP="\${CUDA_COMPUTE_CAP:-90}"
 export CARGO_BUILD_TARGET=x86_64-unknown-linux-gnu
 export RUSTFLAGS='--cfg feature="dynamic-loading"'
+END
+echo "done; now: . $dir/env.sh"
