@@ -1,6 +1,7 @@
 //! Devices and the fused ops that run on them.
 
 pub mod cpu;
+pub mod cuda;
 pub mod custom_ops;
 pub mod dropout;
 pub mod fallback;

@@ -6,14 +6,18 @@
 //! x is f32, f16 or bf16; A and B share a dtype, f32 or x's. Δ has x's dtype, h is f32, sums are f32. g and dx are f32 or of
 //! x's dtype; dA and dB are f32. x may have any rank from 1, any strides, and no rows at all.
 
+use std::sync::OnceLock;
+
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Shape, Tensor};
 
 use super::check::{self, with_last};
 use crate::backend::cpu::floats::{Floats, Held, gather, storage_of, tensor_of, update_f32};
 use crate::backend::cpu::fused_lora::{Lora, Wanted};
 use crate::backend::dropout::Dropout;
-use crate::backend::{cpu, fallback, metal};
+use crate::backend::{cpu, cuda, fallback, metal};
 use crate::{Error, Result};
 
 const OP: &str = "fused_lora";
@@ -37,6 +41,10 @@ pub struct Sink<'a> {
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout>) -> Result<Tensor> {
     let size = Size::of(OP, x, a, b, dropout)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::fused_lora::delta(x, a, b, s, dropout, size.cuda()?);
+    }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
         match metal::fused_lora::delta(x, a, b, s, dropout) {
@@ -58,6 +66,10 @@ pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout
 pub fn add_into(y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout>) -> Result<Tensor> {
     let size = Size::of(OP, x, a, b, dropout)?;
     check::gradient(OP, "y", y, &with_last(x.dims(), size.n), x)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::fused_lora::add_into(y, x, a, b, s, dropout, size.cuda()?);
+    }
     if !x.device().is_cpu() {
         match metal::fused_lora::add_into(y, x, a, b, s, dropout) {
             Ok(h) => return Ok(h),
@@ -93,6 +105,10 @@ pub fn backward(
 ) -> Result<()> {
     let size = Size::of(OP, x, a, b, dropout)?;
     check_backward(OP, x, h, g, &size, &sink)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::fused_lora::backward(x, a, b, h, g, s, dropout, size.cuda()?, &sink);
+    }
     if !x.device().is_cpu() {
         match metal::fused_lora::backward(x, a, b, h, g, s, dropout, &sink) {
             Ok(()) => return Ok(()),
@@ -141,12 +157,16 @@ pub fn fused_lora(x: &Tensor, a: &Tensor, b: &Tensor, s: f64) -> Result<Tensor> 
 pub fn fused_lora_with_dropout(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout>) -> Result<Tensor> {
     let size = Size::of(OP, x, a, b, dropout)?;
     if !x.device().is_cpu()
+        && !cuda::takes(x.device())
         && let Err(reason) = metal::fused_lora::ready(x, a, b)
     {
         fallback::allow(OP, x.device(), &reason.to_string())?;
         return composite(x, a, b, s, dropout);
     }
-    let op = Taped { s, dropout, size };
+    if size.m == 0 {
+        return delta(x, a, b, s, dropout);
+    }
+    let op = Taped { s, dropout, size, h: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
 }
 
@@ -194,12 +214,26 @@ impl CustomOp1 for FusedLoRAOp {
         Ok((storage_of(y, storage.dtype()), with_last(layout.dims(), size.n).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let size = Size::new(OP, layout.dims(), storage.dtype(), &self.a, &self.b)?.cuda()?;
+        let y = cuda::fused_lora::with_state(storage, layout, &self.a, &self.b, self.s, size)?;
+        Ok((y, with_last(layout.dims(), size.n).into()))
+    }
+
     fn metal_fwd(&self, storage: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
         Size::new(OP, layout.dims(), storage.dtype(), &self.a, &self.b)?;
         Ok(metal::fused_lora::delta_op1(storage, layout, &self.a, &self.b, self.s)?)
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x.device()) && x.elem_count() > 0 {
+            let size = Size::of(OP, x, &self.a, &self.b, None)?.cuda()?;
+            let wanted = [true, false, false];
+            let [dx, ..] = cuda::fused_lora::gradients(x, &self.a, &self.b, None, g, self.s, None, size, wanted)?;
+            return Ok(dx);
+        }
         let dx = x.zeros_like()?;
         backward(x, &self.a, &self.b, None, g, self.s, None, Sink { dx: Some(&dx), ..Sink::default() })?;
         Ok(Some(dx))
@@ -211,6 +245,8 @@ struct Taped {
     s: f64,
     dropout: Option<Dropout>,
     size: Size,
+    /// What forward left for backward, where the device's kernel gives it.
+    h: OnceLock<Tensor>,
 }
 
 impl CustomOp3 for Taped {
@@ -230,6 +266,22 @@ impl CustomOp3 for Taped {
         let (a, b) = (Floats::of(OP, "a", a, a_layout)?, Floats::of(OP, "b", b, b_layout)?);
         let lora = Lora::new(Floats::of(OP, "x", x, x_layout)?, a, b, self.s, self.dropout, self.size.all());
         Ok((storage_of(lora.delta(), x.dtype()), with_last(x_layout.dims(), self.size.n).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (a, a_layout), (b, b_layout)];
+        let (y, h) = cuda::fused_lora::taped(inputs, self.s, self.dropout, self.size.cuda()?)?;
+        let _ = self.h.set(h);
+        Ok((y, with_last(x_layout.dims(), self.size.n).into()))
     }
 
     fn metal_fwd(
@@ -252,7 +304,14 @@ impl CustomOp3 for Taped {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        tape_gradients(x, a, b, |sink| backward(x, a, b, None, g, self.s, self.dropout, sink))
+        let h = self.h.get();
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x.device()) {
+            let (size, wanted) = (self.size.cuda()?, [x, a, b].map(Tensor::track_op));
+            let [dx, da, db] = cuda::fused_lora::gradients(x, a, b, h, g, self.s, self.dropout, size, wanted)?;
+            return Ok((dx, cast(da, a)?, cast(db, b)?));
+        }
+        tape_gradients(x, a, b, |sink| backward(x, a, b, h, g, self.s, self.dropout, sink))
     }
 }
 
@@ -269,8 +328,12 @@ pub(super) fn tape_gradients(
     };
     let (dx, da, db) = (zeros(x, x.dtype())?, zeros(a, DType::F32)?, zeros(b, DType::F32)?);
     fill(Sink { dx: dx.as_ref(), da: da.as_ref(), db: db.as_ref() })?;
-    let cast = |gradient: Option<Tensor>| gradient.map(|gradient| gradient.to_dtype(a.dtype())).transpose();
-    Ok((dx, cast(da)?, cast(db)?))
+    Ok((dx, cast(da, a)?, cast(db, b)?))
+}
+
+/// A gradient in its argument's dtype.
+pub(super) fn cast(gradient: Option<Tensor>, like: &Tensor) -> candle_core::Result<Option<Tensor>> {
+    gradient.map(|gradient| gradient.to_dtype(like.dtype())).transpose()
 }
 
 /// m rows of x; k, r and n columns of x, A and B.
@@ -313,6 +376,12 @@ impl Size {
 
     pub fn all(&self) -> [usize; 4] {
         [self.m, self.k, self.r, self.n]
+    }
+
+    /// As the CUDA kernels take it.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(&self) -> Result<cuda::fused_lora::Size> {
+        cuda::fused_lora::Size::new(self.all())
     }
 }
 

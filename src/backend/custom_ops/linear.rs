@@ -4,11 +4,13 @@
 //! Gradients: `dx += g W`, `dW += gᵀ x`, `dbias += Σ rows of g`. Gradients of parameters are f32; dx is f32 or of x's dtype.
 
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::check::{self, with_last};
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of, update_f32};
-use crate::backend::{cpu, fallback};
+use crate::backend::{cpu, cuda, fallback};
 use crate::{Error, Result};
 
 const OP: &str = "linear";
@@ -19,6 +21,10 @@ const OP: &str = "linear";
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let size = Size::of(OP, x, w, bias)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::linear::forward(x, w, bias, [size.m, size.k, size.n]);
+    }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
         fallback::allow(OP, x.device(), check::NO_KERNEL)?;
@@ -64,6 +70,10 @@ pub fn backward(
         check::sink(OP, "dbias", dbias, &[size.n], x)?;
     }
     let Size { m, k, n } = size;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::linear::backward(x, w, g, dx, dw, dbias, [m, k, n]);
+    }
     if !x.device().is_cpu() {
         fallback::allow(OP, x.device(), check::NO_KERNEL)?;
         let g = g.to_dtype(DType::F32)?.reshape((m, n))?;
@@ -115,11 +125,23 @@ pub fn backward(
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let size = Size::of(OP, x, w, bias)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if !x.device().is_cpu() {
+    if cuda::takes(x.device()) && size.m == 0 {
+        return forward(x, &w, bias.as_ref());
+    }
+    if cuda::takes(x.device()) && w.dtype() != x.dtype() {
+        // Two dtypes meet in f32 on this device, as they do on the CPU.
+        let y = linear(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias.as_ref())?;
+        return Ok(y.to_dtype(x.dtype())?);
+    }
+    if !x.device().is_cpu() && !cuda::takes(x.device()) {
         fallback::allow(OP, x.device(), check::NO_KERNEL)?;
         return Ok(composite(x, &w, bias.as_ref(), &size)?.reshape(with_last(x.dims(), size.n))?);
     }
-    let taped = Taped { w: w.contiguous()?, bias: bias.map(|bias| bias.contiguous()).transpose()?, size };
+    let bias = bias.map(|bias| match cuda::takes(x.device()) {
+        true => bias.to_dtype(x.dtype())?.contiguous(),
+        false => bias.contiguous(),
+    });
+    let taped = Taped { w: w.contiguous()?, bias: bias.transpose()?, size };
     Ok(x.contiguous()?.apply_op1(taped)?)
 }
 
@@ -144,7 +166,19 @@ impl CustomOp1 for Taped {
         Ok((storage_of(y, x.dtype()), with_last(layout.dims(), n).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let Size { m, k, n } = self.size;
+        let y = cuda::linear::taped((x, layout), &self.w, self.bias.as_ref(), [m, k, n])?;
+        Ok((y, with_last(layout.dims(), n).into()))
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x.device()) {
+            let Size { m, k, n } = self.size;
+            return Ok(Some(cuda::linear::gradient(x, &self.w, g, [m, k, n])?));
+        }
         let dx = x.zeros_like()?;
         backward(x, &self.w, g, Some(&dx), None, None)?;
         Ok(Some(dx))

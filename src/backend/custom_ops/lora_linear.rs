@@ -4,7 +4,11 @@
 //! h = drop(x) A and u = s · g Bᵀ: `dx = g W + drop(u Aᵀ)`, `dA = drop(x)ᵀ u`, `dB = s · hᵀ g`. W and bias are frozen: their
 //! gradients are never computed.
 
+use std::sync::OnceLock;
+
 use candle_core::backend::BackendStorage;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
 use super::check::with_last;
@@ -14,6 +18,7 @@ use crate::backend::cpu;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
 use crate::backend::cpu::fused_lora::Lora;
 use crate::backend::dropout::Dropout;
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "lora_linear";
@@ -32,6 +37,10 @@ pub fn forward(
     dropout: Option<Dropout>,
 ) -> Result<(Tensor, Tensor)> {
     let size = check_inputs(x, w, bias, a, b, dropout)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::lora_linear::forward(x, w, bias, a, b, s, dropout, size.cuda()?);
+    }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
         // The base product is Candle's own; the adapter is added to it in place.
@@ -69,6 +78,10 @@ pub fn backward(
 ) -> Result<()> {
     let size = check_inputs(x, w, None, a, b, dropout)?;
     fused_lora::check_backward(OP, x, h, g, &size, &sink)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::lora_linear::backward(x, w, a, b, h, g, s, dropout, size.cuda()?, &sink, true);
+    }
     if let Some(dx) = sink.dx {
         linear::backward(x, w, g, Some(dx), None, None)?;
     }
@@ -99,13 +112,26 @@ pub fn lora_linear_with_dropout(
 ) -> Result<Tensor> {
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if !x.device().is_cpu() {
+    if cuda::takes(x.device()) && size.m == 0 {
+        return Ok(forward(x, &w, bias.as_ref(), a, b, s, dropout)?.0);
+    }
+    if cuda::takes(x.device()) && w.dtype() != x.dtype() {
+        // Two dtypes meet in f32 on this device, as they do on the CPU.
+        let [x32, w, a, b] = [x, &w, a, b].map(|tensor| tensor.to_dtype(DType::F32));
+        let y = lora_linear_with_dropout(&x32?, &w?, bias.as_ref(), &a?, &b?, s, dropout)?;
+        return Ok(y.to_dtype(x.dtype())?);
+    }
+    if !x.device().is_cpu() && !cuda::takes(x.device()) {
         let base = linear::composite(x, &w, bias.as_ref(), &linear::Size { m: size.m, k: size.k, n: size.n })?;
         let delta = fused_lora::fused_lora_with_dropout(x, a, b, s, dropout)?;
         return Ok((base.reshape(delta.shape())? + delta)?);
     }
-    let frozen = Frozen { w: w.contiguous()?, bias: bias.map(|bias| bias.contiguous()).transpose()? };
-    let op = Taped { frozen, s, dropout, size };
+    let bias = bias.map(|bias| match cuda::takes(x.device()) {
+        true => bias.to_dtype(x.dtype())?.contiguous(),
+        false => bias.contiguous(),
+    });
+    let frozen = Frozen { w: w.contiguous()?, bias: bias.transpose()? };
+    let op = Taped { frozen, s, dropout, size, h: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
 }
 
@@ -131,6 +157,8 @@ struct Taped {
     s: f64,
     dropout: Option<Dropout>,
     size: Size,
+    /// What forward left for backward, where the device's kernel gives it.
+    h: OnceLock<Tensor>,
 }
 
 impl CustomOp3 for Taped {
@@ -155,6 +183,24 @@ impl CustomOp3 for Taped {
         Ok((storage_of(y, x.dtype()), with_last(x_layout.dims(), self.size.n).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        a: &CudaStorage,
+        a_layout: &Layout,
+        b: &CudaStorage,
+        b_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let inputs = [(x, x_layout), (a, a_layout), (b, b_layout)];
+        let Frozen { w, bias } = &self.frozen;
+        let size = self.size.cuda()?;
+        let (y, h) = cuda::lora_linear::taped(inputs, w, bias.as_ref(), self.s, self.dropout, size)?;
+        let _ = self.h.set(h);
+        Ok((y, with_last(x_layout.dims(), self.size.n).into()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -163,8 +209,15 @@ impl CustomOp3 for Taped {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (w, h) = (&self.frozen.w, self.h.get());
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x.device()) {
+            let (size, wanted) = (self.size.cuda()?, [x, a, b].map(Tensor::track_op));
+            let [dx, da, db] = cuda::lora_linear::gradients(x, w, a, b, h, g, self.s, self.dropout, size, wanted)?;
+            return Ok((dx, fused_lora::cast(da, a)?, fused_lora::cast(db, b)?));
+        }
         fused_lora::tape_gradients(x, a, b, |sink| {
-            backward(x, &self.frozen.w, a, b, None, g, self.s, self.dropout, sink)
+            backward(x, w, a, b, h, g, self.s, self.dropout, sink)
         })
     }
 }

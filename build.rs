@@ -1,0 +1,55 @@
+//! Compiles the CUDA kernels when the feature `cuda` is on; does nothing otherwise.
+//!
+//! nvcc is taken from `NVCC`, `CUDA_HOME/bin`, `CUDA_PATH/bin` or `PATH`. One file a source goes to `OUT_DIR`: machine code for
+//! compute capability 8.0 (runs on all of 8.x) and 9.0, and PTX of 9.0 for what comes later. `CUDA_COMPUTE_CAP=86`, which
+//! candle's own kernels read too, makes it that one and its PTX.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+const SOURCES: [&str; 2] = ["fused_lora", "fused_lora_backward"];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    println!("cargo::rerun-if-changed=src/backend/cuda");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let children: Vec<(&str, Child)> = SOURCES.iter().map(|source| (*source, start(source))).collect();
+    for (source, mut child) in children {
+        let status = child.wait().expect("nvcc can be waited for");
+        assert!(status.success(), "nvcc could not compile src/backend/cuda/{source}.cu: {status}");
+    }
+}
+
+fn start(source: &str) -> Child {
+    let nvcc = nvcc();
+    let out = Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(format!("{source}.fatbin"));
+    let mut command = Command::new(&nvcc);
+    command.args(["-fatbin", "-O3", "-std=c++17", "-w"]);
+    match env::var("CUDA_COMPUTE_CAP") {
+        Ok(cap) => command.arg(format!("-gencode=arch=compute_{cap},code=[sm_{cap},compute_{cap}]")),
+        Err(_) => command
+            .args(["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"])
+            .args(["--threads", "2"]),
+    };
+    command.arg(format!("src/backend/cuda/{source}.cu")).arg("-o").arg(out);
+    command.spawn().unwrap_or_else(|error| {
+        panic!(
+            "the feature `cuda` needs nvcc, but {} cannot be started: {error}. Install a CUDA toolkit, or see docs/cuda.md",
+            nvcc.display()
+        )
+    })
+}
+
+fn nvcc() -> PathBuf {
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os);
+    homes.map(|home| Path::new(&home).join("bin/nvcc")).find(|nvcc| nvcc.exists()).unwrap_or_else(|| "nvcc".into())
+}

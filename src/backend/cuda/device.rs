@@ -1,0 +1,317 @@
+//! A GPU's kernels and limits, found once a process, and the launch.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, sys};
+use candle_core::cuda_backend::{CudaDevice, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Device, Layout, Shape, Storage, Tensor};
+
+use super::linear::Products;
+use crate::{Error, Result};
+
+const FORWARD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin"));
+const BACKWARD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin"));
+const MAX_GPUS: usize = 64;
+
+/// One GPU.
+pub(super) struct Gpu {
+    /// Keeps the primary context, and with it the modules, to the end of the process.
+    context: Arc<CudaContext>,
+    modules: [sys::CUmodule; 2],
+    functions: RwLock<HashMap<Kernel, sys::CUfunction>>,
+    /// Multiprocessors.
+    pub sms: usize,
+    /// Shared memory that a block may have.
+    pub shared: usize,
+    /// Whether a kernel may start before the one ahead of it has ended.
+    dependent_launch: bool,
+    products: Mutex<Products>,
+}
+
+// SAFETY: the handles belong to the context, not to a thread, and are only read; `products` is behind a mutex.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+
+/// A kernel's name, as an instance's parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Kernel {
+    Forward { types: &'static str, ranks: usize, tiles: usize, vector: bool },
+    Short { types: &'static str, ranks: usize },
+    Output { types: &'static str, ranks: usize, vector: bool },
+    Input { types: &'static str, ranks: usize, vector: bool },
+    Reduce,
+}
+
+impl Kernel {
+    /// Whether an early start of the next kernel pays: not where its blocks would take the room of some of this one's, and so
+    /// leave multiprocessors unevenly loaded.
+    fn depends(self) -> bool {
+        !matches!(self, Self::Forward { tiles: 1 | 2, .. })
+    }
+
+    /// Module and name, as `fused_lora.cu` and `fused_lora_backward.cu` have them.
+    fn name(self) -> (usize, String) {
+        let way = |vector| if vector { "v" } else { "s" };
+        match self {
+            Self::Forward { types, ranks, tiles, vector } => {
+                (0, format!("lora_forward_{types}_{}_{tiles}_{}", ranks / 8, way(vector)))
+            }
+            Self::Short { types, ranks } => (0, format!("lora_short_{types}_{ranks}")),
+            Self::Output { types, ranks, vector } => (1, format!("lora_output_{types}_{}_{}", ranks / 8, way(vector))),
+            Self::Input { types, ranks, vector } => (1, format!("lora_input_{types}_{}_{}", ranks / 8, way(vector))),
+            Self::Reduce => (1, "lora_reduce".to_string()),
+        }
+    }
+}
+
+/// See [`super::check`].
+pub(super) fn check(ordinal: usize) -> Result<()> {
+    let device = std::panic::catch_unwind(|| CudaDevice::new(ordinal));
+    match device {
+        Ok(Ok(device)) => Gpu::of(&device).map(|_| ()),
+        Ok(Err(error)) => Err(failed(format!("GPU {ordinal} cannot be opened: {error}"))),
+        // cudarc panics where the driver or a library of the toolkit cannot be loaded.
+        Err(_) => Err(failed("the NVIDIA driver, cuBLAS or cuRAND cannot be loaded (libcuda, libcublas, libcurand)".to_string())),
+    }
+}
+
+impl Gpu {
+    /// The GPU that `device` is on. The first call loads the kernels, makes the memory pool keep its memory, and stops
+    /// Candle's allocations from creating events where the context has one stream, which needs none.
+    pub fn of(device: &CudaDevice) -> Result<&'static Self> {
+        static GPUS: [OnceLock<Result<Gpu, String>>; MAX_GPUS] = [const { OnceLock::new() }; MAX_GPUS];
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let slot = GPUS.get(context.ordinal()).ok_or_else(|| failed(format!("more than {MAX_GPUS} GPUs")))?;
+        match slot.get_or_init(|| Self::open(device, context).map_err(|error| error.to_string())) {
+            Ok(gpu) => Ok(gpu),
+            Err(problem) => Err(failed(problem.clone())),
+        }
+    }
+
+    fn open(device: &CudaDevice, context: &Arc<CudaContext>) -> Result<Self> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        let (major, minor) = context.compute_capability().map_err(driver)?;
+        if major < 8 {
+            return Err(failed(format!("its compute capability is {major}.{minor}, but the kernels need 8.0")));
+        }
+        context.bind_to_thread().map_err(driver)?;
+        if !context.is_in_multi_stream_mode() {
+            // SAFETY: one stream orders all uses of all memory; events only matter between streams.
+            unsafe { device.disable_event_tracking() };
+        }
+        keep_pool(context)?;
+        let attribute = |attribute| context.attribute(attribute).map(|value| value as usize).map_err(driver);
+        Ok(Self {
+            modules: [load(FORWARD)?, load(BACKWARD)?],
+            functions: RwLock::default(),
+            sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            dependent_launch: major >= 9,
+            products: Mutex::new(Products::new()?),
+            context: context.clone(),
+        })
+    }
+
+    pub fn products(&self) -> Result<MutexGuard<'_, Products>> {
+        self.products.lock().map_err(|_| failed("a thread panicked in cuBLASLt".to_string()))
+    }
+
+    /// Makes the context current on this thread, as every driver call needs.
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(driver)
+    }
+
+    fn function(&self, kernel: Kernel) -> Result<sys::CUfunction> {
+        if let Some(&function) = self.functions.read().ok().as_ref().and_then(|functions| functions.get(&kernel)) {
+            return Ok(function);
+        }
+        let (module, name) = kernel.name();
+        let c_name = CString::new(name.as_str()).map_err(|_| failed(format!("kernel name {name}")))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module is loaded; the name ends in zero; both pointers live through the call.
+        unsafe { sys::cuModuleGetFunction(&mut function, self.modules[module], c_name.as_ptr()) }
+            .result()
+            .map_err(|error| failed(format!("kernel {name}: {error}")))?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if !matches!(kernel, Kernel::Short { .. } | Kernel::Reduce) {
+            // SAFETY: the function was just found; the size is the device's own limit.
+            unsafe { sys::cuFuncSetAttribute(function, attribute, self.shared as i32) }.result().map_err(driver)?;
+        }
+        if let Ok(mut functions) = self.functions.write() {
+            functions.insert(kernel, function);
+        }
+        Ok(function)
+    }
+
+    /// Puts a kernel on the stream. `args` is its one parameter.
+    ///
+    /// # Safety
+    /// `Args` must be the kernel's parameter type, with pointers to device memory of the sizes it computes with, allocated on
+    /// `stream`.
+    pub unsafe fn launch<Args>(
+        &self,
+        kernel: Kernel,
+        grid: [usize; 2],
+        warps: usize,
+        shared: usize,
+        stream: &CudaStream,
+        args: &Args,
+    ) -> Result<()> {
+        self.bind()?;
+        let function = self.function(kernel)?;
+        // SAFETY: an all-zero attribute is valid: plain data.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: 1,
+            blockDimX: 32 * warps as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: (self.dependent_launch && kernel.depends()) as u32,
+        };
+        let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // SAFETY: the caller's; the driver copies the parameters before it returns.
+        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|error| failed(format!("kernel {}: {error}", kernel.name().1)))?;
+        if stream.context().is_managing_stream_synchronization() {
+            // Memory in use here is not marked by events; other streams of this context must not see it unfinished.
+            stream.synchronize().map_err(driver)?;
+        }
+        Ok(())
+    }
+}
+
+/// Contiguous memory on a GPU, of one dtype.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View {
+    pub ptr: u64,
+    pub dtype: DType,
+}
+
+impl View {
+    /// The memory behind `layout`, which must be contiguous.
+    pub fn of(op: &'static str, name: &str, storage: &CudaStorage, layout: &Layout) -> Result<Self> {
+        if !layout.is_contiguous() {
+            return Err(Error::op(op, format!("{name} {:?} must be contiguous", layout.dims())));
+        }
+        let stream = storage.device.cuda_stream();
+        let start = match &storage.slice {
+            CudaStorageSlice::F32(slice) => address(slice, &stream),
+            CudaStorageSlice::F16(slice) => address(slice, &stream),
+            CudaStorageSlice::BF16(slice) => address(slice, &stream),
+            _ => return Err(Error::op(op, format!("{name} has dtype {:?}; f32, f16 and bf16 are taken", storage.dtype()))),
+        };
+        let dtype = storage.dtype();
+        Ok(Self { ptr: start + (layout.start_offset() * dtype.size_in_bytes()) as u64, dtype })
+    }
+
+    /// On 16 bytes.
+    pub fn aligned(&self) -> bool {
+        self.ptr.is_multiple_of(16)
+    }
+
+    pub fn is_f32(&self) -> bool {
+        self.dtype == DType::F32
+    }
+}
+
+/// Where a slice's memory starts.
+pub(super) fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
+    slice.device_ptr(stream).0
+}
+
+/// A tensor's memory. The tensor outlives it, so that the memory is freed on its stream after what is launched with it.
+pub(super) struct Held<'a> {
+    pub view: View,
+    _tensor: PhantomData<&'a Tensor>,
+}
+
+impl<'a> Held<'a> {
+    pub fn of(op: &'static str, name: &str, tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let view = match &*storage {
+            Storage::Cuda(storage) => View::of(op, name, storage, layout)?,
+            _ => return Err(Error::op(op, format!("{name} is not on a CUDA device"))),
+        };
+        Ok(Self { view, _tensor: PhantomData })
+    }
+
+    pub fn option(op: &'static str, name: &str, tensor: Option<&'a Tensor>) -> Result<Option<Self>> {
+        tensor.map(|tensor| Self::of(op, name, tensor)).transpose()
+    }
+}
+
+/// The device of a tensor that was found to be on one.
+pub(super) fn cuda_device<'a>(op: &'static str, tensor: &'a Tensor) -> Result<&'a CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device),
+        _ => Err(Error::op(op, "x is not on a CUDA device")),
+    }
+}
+
+/// Memory for an output, with whatever lies in it; every element must be written. The shape is not empty.
+pub(super) fn uninit(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
+    // SAFETY: the caller writes every element.
+    Ok(unsafe { device.alloc_uninit(shape, dtype) }?)
+}
+
+/// f32 scratch.
+pub(super) fn scratch(device: &CudaDevice, len: usize) -> Result<CudaSlice<f32>> {
+    // SAFETY: kernels write what they read.
+    Ok(unsafe { device.alloc::<f32>(len) }?)
+}
+
+/// A tensor of an output, off the tape.
+pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// A tensor of no elements.
+pub(super) fn empty(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    let one = Tensor::zeros(1, dtype, &Device::Cuda(device.clone()))?;
+    Ok(one.narrow(0, 0, 0)?.reshape(shape)?)
+}
+
+fn load(image: &'static [u8]) -> Result<sys::CUmodule> {
+    let mut module = std::ptr::null_mut();
+    // SAFETY: nvcc made the image; it is static and says its own length.
+    unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) }
+        .result()
+        .map_err(|error| failed(format!("the kernels cannot be loaded: {error}; were they built for another GPU?")))?;
+    Ok(module)
+}
+
+/// By default the pool gives freed memory back at every synchronisation.
+fn keep_pool(context: &CudaContext) -> Result<()> {
+    let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut pool = std::ptr::null_mut();
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is valid, and both pointers live through the calls.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().map_err(driver)?;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result().map_err(driver)
+    }
+}
+
+/// [`Error::Device`].
+pub(super) fn failed(problem: String) -> Error {
+    Error::Device { device: "cuda".to_string(), problem }
+}
+
+fn driver(error: impl std::fmt::Display) -> Error {
+    failed(error.to_string())
+}

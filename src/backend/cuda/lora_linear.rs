@@ -1,0 +1,133 @@
+//! The linear with its adapter on CUDA: the LoRA kernel writes `s · (drop(x) A) B`, and cuBLASLt adds `x Wᵀ + bias` to it in its
+//! epilogue; the same with dx. So the adapter costs one pass over x and y beside the base's product, and y is read once more.
+
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
+
+use super::device::{Held, View, cuda_device, tensor, uninit};
+use super::fused_lora::{self, Size, with_last};
+use super::linear;
+use crate::Result;
+use crate::backend::custom_ops::fused_lora::Sink;
+use crate::backend::dropout::Dropout;
+
+const OP: &str = "lora_linear";
+
+/// `(y, h)`; see `custom_ops::lora_linear::forward`.
+///
+/// # Errors
+/// When memory or a launch is refused.
+#[allow(clippy::too_many_arguments)]
+pub fn forward(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+) -> Result<(Tensor, Tensor)> {
+    let Size { m, k, r, n } = size;
+    if m == 0 || x.dtype() != w.dtype() {
+        // Summed in f32, rounded once.
+        let base = linear::forward(&x.to_dtype(DType::F32)?, w, bias, [m, k, n])?;
+        let h = fused_lora::add_into(&base, x, a, b, s, dropout, size)?;
+        return Ok((base.to_dtype(x.dtype())?, h));
+    }
+    let (device, shape) = (cuda_device(OP, x)?, with_last(x, n));
+    let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
+    let bias = bias.map(|bias| bias.to_dtype(x.dtype())?.contiguous()).transpose()?;
+    let h = tensor(uninit(device, &Shape::from((m, r)), DType::F32)?, (m, r));
+    let h_view = Held::of(OP, "h", &h)?.view;
+    let (x, w) = (Held::of(OP, "x", &x)?, Held::of(OP, "w", &w)?);
+    let (a, b) = (Held::of(OP, "a", &a)?, Held::of(OP, "b", &b)?);
+    let bias = Held::option(OP, "bias", bias.as_ref())?.map(|bias| bias.view);
+    let y = storage_forward(device, [x.view, w.view, a.view, b.view], bias, s, dropout, size, Some(h_view))?;
+    Ok((tensor(y, shape), h))
+}
+
+/// y as storage, and h where it is given; `[x, W, A, B]`; x, W and bias share a dtype.
+pub(super) fn storage_forward(
+    device: &CudaDevice,
+    [x, w, a, b]: [View; 4],
+    bias: Option<View>,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+    h: Option<View>,
+) -> Result<CudaStorage> {
+    let Size { m, k, n, .. } = size;
+    let storage = fused_lora::storage_delta(device, [x, a, b], s, dropout, size, h)?;
+    let y = View::of(OP, "y", &storage, &Layout::contiguous((m, n)))?;
+    linear::multiply_w(device, x, w, bias, y, true, [m, k, n])?;
+    Ok(storage)
+}
+
+/// y for an op on Candle's tape, whose arguments are contiguous `(storage, layout)`; and h, for [`gradients`]. W and bias have
+/// x's dtype.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn taped(
+    [x, a, b]: [(&CudaStorage, &Layout); 3],
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+) -> Result<(CudaStorage, Tensor)> {
+    let device = &x.0.device;
+    let h = tensor(uninit(device, &Shape::from((size.m, size.r)), DType::F32)?, (size.m, size.r));
+    let h_view = Held::of(OP, "h", &h)?.view;
+    let (x, a, b) = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
+    let (w, bias) = (Held::of(OP, "w", w)?, Held::option(OP, "bias", bias)?);
+    let bias = bias.as_ref().map(|bias| bias.view);
+    Ok((storage_forward(device, [x, w.view, a, b], bias, s, dropout, size, Some(h_view))?, h))
+}
+
+/// The gradients of the wanted ones of x, A and B: dx of x's dtype, dA and dB f32. Nothing is zeroed first.
+///
+/// # Errors
+/// When memory or a launch is refused.
+#[allow(clippy::too_many_arguments)]
+pub fn gradients(
+    x: &Tensor,
+    w: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    h: Option<&Tensor>,
+    g: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+    wanted: [bool; 3],
+) -> Result<[Option<Tensor>; 3]> {
+    let gradients = fused_lora::buffers(x, a, b, wanted)?;
+    backward(x, w, a, b, h, g, s, dropout, size, &fused_lora::sink(&gradients), false)?;
+    Ok(gradients)
+}
+
+/// Adds the gradients to the sinks, or with `add` false writes them; see `custom_ops::lora_linear::backward`.
+///
+/// # Errors
+/// When memory or a launch is refused, or a sink is not contiguous.
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    x: &Tensor,
+    w: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    h: Option<&Tensor>,
+    g: &Tensor,
+    s: f64,
+    dropout: Option<Dropout>,
+    size: Size,
+    sink: &Sink,
+    add: bool,
+) -> Result<()> {
+    fused_lora::differentiate(x, a, b, h, g, s, dropout, size, sink, add)?;
+    match sink.dx {
+        Some(dx) if size.m > 0 => linear::input_gradient(w, g, dx, true, [size.m, size.k, size.n]),
+        _ => Ok(()),
+    }
+}
+

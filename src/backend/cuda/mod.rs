@@ -1,0 +1,42 @@
+//! The LoRA ops on NVIDIA GPUs of compute capability 8.0 and up, with the feature `cuda`.
+//!
+//! Our kernels (`*.cuh`, instances in `*.cu`) make the adapter's products; cuBLASLt makes the base's. An op costs its outputs'
+//! and its scratch's allocation and its launches: no event, no synchronisation. [`paths`] lists what runs fast.
+
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(feature = "cuda")]
+pub mod fused_lora;
+#[cfg(feature = "cuda")]
+pub mod linear;
+#[cfg(feature = "cuda")]
+pub mod lora_linear;
+mod paths;
+
+pub use paths::{Path, paths};
+
+/// Whether this build has kernels for `device`.
+pub fn takes(device: &candle_core::Device) -> bool {
+    cfg!(feature = "cuda") && device.is_cuda()
+}
+
+/// Fails where `ordinal` has no GPU that the kernels run on; the error says what is missing.
+///
+/// # Errors
+/// Without the feature `cuda`, a driver, a GPU of that number, or compute capability 8.0.
+#[cfg(feature = "cuda")]
+pub fn check(ordinal: usize) -> crate::Result<()> {
+    device::check(ordinal)
+}
+
+/// Fails where `ordinal` has no GPU that the kernels run on; the error says what is missing.
+///
+/// # Errors
+/// Always: this build has no CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn check(_ordinal: usize) -> crate::Result<()> {
+    Err(crate::Error::Device {
+        device: "cuda".to_string(),
+        problem: "this program was built without CUDA; build it with --features cuda".to_string(),
+    })
+}
