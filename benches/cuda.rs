@@ -77,7 +77,12 @@ mod cuda {
         for rank in [8, 32, 64, 128] {
             let sets = sets([8192, 4096, rank, 4096], DType::BF16, &device)?;
             run(&format!("delta (8192, 4096, 4096) r {rank} bf16"), &sets, 20, &delta_ways())?;
-            run(&format!("delta forward+backward (8192, 4096, 4096) r {rank} bf16"), &sets, 10, &delta_backward_ways())?;
+            run(
+                &format!("delta forward+backward (8192, 4096, 4096) r {rank} bf16"),
+                &sets,
+                10,
+                &delta_backward_ways(),
+            )?;
         }
         Ok(())
     }
@@ -200,6 +205,7 @@ mod cuda {
 
     fn command(program: &str, arguments: &[&str]) -> String {
         let output = Command::new(program).args(arguments).output();
-        output.map_or_else(|_| "unknown".to_string(), |output| String::from_utf8_lossy(&output.stdout).trim().to_string())
+        output
+            .map_or_else(|_| "unknown".to_string(), |output| String::from_utf8_lossy(&output.stdout).trim().to_string())
     }
 }

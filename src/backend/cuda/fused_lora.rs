@@ -371,7 +371,8 @@ pub fn differentiate(
     let u_parts = scratch(device, if wants_u { output.column_blocks * m * r } else { 1 })?;
     let db_parts = scratch(device, if db.is_some() { output.row_blocks * r * n } else { 1 })?;
     let da_parts = scratch(device, if da.is_some() { input.row_blocks * r * k } else { 1 })?;
-    let (u_ptr, db_ptr, da_ptr) = (address(&u_parts, &stream), address(&db_parts, &stream), address(&da_parts, &stream));
+    let (u_ptr, db_ptr, da_ptr) =
+        (address(&u_parts, &stream), address(&db_parts, &stream), address(&da_parts, &stream));
     if wants_u || db.is_some() {
         call.output(&output, g.view, b_for_g.view, h, s, if wants_u { u_ptr } else { 0 }, db_ptr)?;
     }
@@ -384,7 +385,10 @@ pub fn differentiate(
     }
     let (_, kept) = Mask::of(dropout);
     call.reduce(
-        [db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)), da.map(|to| (da_ptr, to, input.row_blocks, k, kept))],
+        [
+            db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)),
+            da.map(|to| (da_ptr, to, input.row_blocks, k, kept)),
+        ],
         add,
     )
 }
@@ -538,7 +542,14 @@ impl Call<'_> {
         self.launch_forward(types, MAX_RANKS, 1, vector, args)
     }
 
-    fn launch_forward(&self, types: &'static str, ranks: usize, tiles: usize, vector: bool, mut args: ForwardArgs) -> Result<()> {
+    fn launch_forward(
+        &self,
+        types: &'static str,
+        ranks: usize,
+        tiles: usize,
+        vector: bool,
+        mut args: ForwardArgs,
+    ) -> Result<()> {
         let (m, r, k, n) = (self.size.m, args.r as usize, args.k as usize, args.n as usize);
         let Terms { adapter, up, vectors } = terms(types);
         let steps = if ranks <= 32 { ranks.div_ceil(16) } else { r.div_ceil(16) };
@@ -575,7 +586,8 @@ impl Call<'_> {
         let most = ranks[0].max(ranks[1]);
         let fits = |warps: &usize| {
             let (tiles, stage) = (most.div_ceil(16), warps * 4 * vectors * 512);
-            let output = adapter * most * (warps * WARP_COLUMNS * 2 + 64) + segment(most) * tiles * 3 * 512 + 128 * warps * most;
+            let output =
+                adapter * most * (warps * WARP_COLUMNS * 2 + 64) + segment(most) * tiles * 3 * 512 + 128 * warps * most;
             let input = warps * 2 * tiles * adapter * 1024 + segment(most) * tiles * (6 * 512 + 64 * 16);
             output.max(input) + stage <= self.gpu.shared
         };
@@ -687,7 +699,8 @@ impl Call<'_> {
 
     /// dB and dA from their parts: (parts, sink, number of parts, columns, scale) each; dA's sink is transposed.
     fn reduce(&self, work: [Option<(u64, View, usize, usize, f32)>; 2], add: bool) -> Result<()> {
-        let mut args = ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
+        let mut args =
+            ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
         let mut blocks = 0;
         for (i, work) in work.into_iter().enumerate() {
             let Some((parts, to, count, columns, scale)) = work else { continue };

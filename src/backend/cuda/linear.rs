@@ -262,8 +262,9 @@ fn make_plan(handle: sys::cublasLtHandle_t, key: &Key, left: &Factor, right: &Fa
         result::create_matrix_layout(data_type(dtype), rows as u64, columns as u64, rows as i64).map_err(cublas)
     };
     let operation = |transposed| i32::from(transposed);
-    let desc = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
-        .map_err(cublas)?;
+    let desc =
+        result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
+            .map_err(cublas)?;
     let left_layout = layout(left.view.dtype, left.rows, left.columns)?;
     let right_layout = layout(right.view.dtype, right.rows, right.columns)?;
     let to_layout = layout(to.view.dtype, to.rows, to.columns)?;
@@ -284,12 +285,25 @@ fn make_plan(handle: sys::cublasLtHandle_t, key: &Key, left: &Factor, right: &Fa
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key.alignments[2])?;
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key.alignments[2])?;
         let found = result::get_matmul_algo_heuristic(
-            handle, desc, left_layout, right_layout, to_layout, to_layout, preference,
+            handle,
+            desc,
+            left_layout,
+            right_layout,
+            to_layout,
+            to_layout,
+            preference,
         );
         result::destroy_matmul_pref(preference).map_err(cublas)?;
         found.map_err(cublas)?
     };
-    Ok(Plan { desc, left: left_layout, right: right_layout, to: to_layout, algorithm: found.algo, workspace: found.workspaceSize })
+    Ok(Plan {
+        desc,
+        left: left_layout,
+        right: right_layout,
+        to: to_layout,
+        algorithm: found.algo,
+        workspace: found.workspaceSize,
+    })
 }
 
 /// A value as cuBLASLt's attributes take it.

@@ -130,4 +130,3 @@ pub fn backward(
         _ => Ok(()),
     }
 }
-

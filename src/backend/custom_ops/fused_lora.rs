@@ -8,9 +8,9 @@
 
 use std::sync::OnceLock;
 
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, MetalStorage, Shape, Tensor};
 
 use super::check::{self, with_last};
