@@ -82,14 +82,8 @@ mod cuda {
             let mask = dropout.map(|dropout| {
                 (0..x.elem_count() as u64).map(|index| dropout.factor(index) as f64).collect::<Vec<_>>()
             });
-            let problem = Problem {
-                size: [size.m, size.k, size.r, size.n],
-                x: f64s(x),
-                a: f64s(a),
-                b: f64s(b),
-                s: *s,
-                mask,
-            };
+            let problem =
+                Problem { size: [size.m, size.k, size.r, size.n], x: f64s(x), a: f64s(a), b: f64s(b), s: *s, mask };
             let (delta, want_h) = reference::fused_lora::forward(&problem);
             let (dx, da, db) = reference::fused_lora::backward(&problem, &f64s(g));
 
@@ -112,9 +106,11 @@ mod cuda {
                 cuda::fused_lora::gradients(x, a, b, Some(&h), g, *s, *dropout, *size, all).unwrap().map(Option::unwrap)
             };
             let (first, second) = (run(), run());
-            for (name, first, second, want) in
-                [("dx", &first[0], &second[0], &dx), ("dA", &first[1], &second[1], &da), ("dB", &first[2], &second[2], &db)]
-            {
+            for (name, first, second, want) in [
+                ("dx", &first[0], &second[0], &dx),
+                ("dA", &first[1], &second[1], &da),
+                ("dB", &first[2], &second[2], &db),
+            ] {
                 assert_close(&format!("{what}: {name}"), first, want);
                 assert!(f64s(first) == f64s(second), "{what}: {name} differs between two runs");
             }

@@ -77,7 +77,9 @@ pub(super) fn check(ordinal: usize) -> Result<()> {
         Ok(Ok(device)) => Gpu::of(&device).map(|_| ()),
         Ok(Err(error)) => Err(failed(format!("GPU {ordinal} cannot be opened: {error}"))),
         // cudarc panics where the driver or a library of the toolkit cannot be loaded.
-        Err(_) => Err(failed("the NVIDIA driver, cuBLAS or cuRAND cannot be loaded (libcuda, libcublas, libcurand)".to_string())),
+        Err(_) => Err(failed(
+            "the NVIDIA driver, cuBLAS or cuRAND cannot be loaded (libcuda, libcublas, libcurand)".to_string(),
+        )),
     }
 }
 
@@ -213,7 +215,12 @@ impl View {
             CudaStorageSlice::F32(slice) => address(slice, &stream),
             CudaStorageSlice::F16(slice) => address(slice, &stream),
             CudaStorageSlice::BF16(slice) => address(slice, &stream),
-            _ => return Err(Error::op(op, format!("{name} has dtype {:?}; f32, f16 and bf16 are taken", storage.dtype()))),
+            _ => {
+                return Err(Error::op(
+                    op,
+                    format!("{name} has dtype {:?}; f32, f16 and bf16 are taken", storage.dtype()),
+                ));
+            }
         };
         let dtype = storage.dtype();
         Ok(Self { ptr: start + (layout.start_offset() * dtype.size_in_bytes()) as u64, dtype })

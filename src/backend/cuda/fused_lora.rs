@@ -157,7 +157,7 @@ pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout
     Ok(tensor(y, shape))
 }
 
-/// The delta as storage; `h`, `[m, r]` f32, is written where given.
+/// The delta as storage, of one row where x has none; `h`, `[m, r]` f32, is written where given.
 pub(super) fn storage_delta(
     device: &CudaDevice,
     [x, a, b]: [View; 3],
@@ -166,7 +166,10 @@ pub(super) fn storage_delta(
     size: Size,
     h: Option<View>,
 ) -> Result<CudaStorage> {
-    let storage = uninit(device, &Shape::from((size.m, size.n)), x.dtype)?;
+    let storage = uninit(device, &Shape::from((size.m.max(1), size.n)), x.dtype)?;
+    if size.m == 0 {
+        return Ok(storage);
+    }
     let y = View::of(OP, "y", &storage, &Layout::contiguous((size.m, size.n)))?;
     let call = Call { gpu: Gpu::of(device)?, stream: &device.cuda_stream(), dropout, size };
     call.forward([x, a, b], s, Some(y), false, h)?;
@@ -232,6 +235,10 @@ pub(crate) fn taped(
     size: Size,
 ) -> Result<(CudaStorage, Tensor)> {
     let device = &x.0.device;
+    if size.m == 0 {
+        let x = View::of(OP, "x", x.0, x.1)?;
+        return Ok((storage_delta(device, [x; 3], s, dropout, size, None)?, empty(device, (0, size.r), DType::F32)?));
+    }
     let h = tensor(uninit(device, &Shape::from((size.m, size.r)), DType::F32)?, (size.m, size.r));
     let h_view = Held::of(OP, "h", &h)?.view;
     let (x, a, b) = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
@@ -371,7 +378,8 @@ pub fn differentiate(
     let u_parts = scratch(device, if wants_u { output.column_blocks * m * r } else { 1 })?;
     let db_parts = scratch(device, if db.is_some() { output.row_blocks * r * n } else { 1 })?;
     let da_parts = scratch(device, if da.is_some() { input.row_blocks * r * k } else { 1 })?;
-    let (u_ptr, db_ptr, da_ptr) = (address(&u_parts, &stream), address(&db_parts, &stream), address(&da_parts, &stream));
+    let (u_ptr, db_ptr, da_ptr) =
+        (address(&u_parts, &stream), address(&db_parts, &stream), address(&da_parts, &stream));
     if wants_u || db.is_some() {
         call.output(&output, g.view, b_for_g.view, h, s, if wants_u { u_ptr } else { 0 }, db_ptr)?;
     }
@@ -384,7 +392,10 @@ pub fn differentiate(
     }
     let (_, kept) = Mask::of(dropout);
     call.reduce(
-        [db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)), da.map(|to| (da_ptr, to, input.row_blocks, k, kept))],
+        [
+            db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)),
+            da.map(|to| (da_ptr, to, input.row_blocks, k, kept)),
+        ],
         add,
     )
 }
@@ -501,6 +512,7 @@ impl Call<'_> {
         let most = match (vector, ranks) {
             (true, ..=16) if x.dtype == DType::BF16 => 4,
             (true, ..=32) => 2,
+            (true, _) if x.dtype == DType::BF16 => 2,
             _ => 1,
         };
         let tiles = [4, 2].into_iter().filter(|&tiles| tiles <= most).find(fills).unwrap_or(1);
@@ -538,7 +550,14 @@ impl Call<'_> {
         self.launch_forward(types, MAX_RANKS, 1, vector, args)
     }
 
-    fn launch_forward(&self, types: &'static str, ranks: usize, tiles: usize, vector: bool, mut args: ForwardArgs) -> Result<()> {
+    fn launch_forward(
+        &self,
+        types: &'static str,
+        ranks: usize,
+        tiles: usize,
+        vector: bool,
+        mut args: ForwardArgs,
+    ) -> Result<()> {
         let (m, r, k, n) = (self.size.m, args.r as usize, args.k as usize, args.n as usize);
         let Terms { adapter, up, vectors } = terms(types);
         let steps = if ranks <= 32 { ranks.div_ceil(16) } else { r.div_ceil(16) };
@@ -575,7 +594,8 @@ impl Call<'_> {
         let most = ranks[0].max(ranks[1]);
         let fits = |warps: &usize| {
             let (tiles, stage) = (most.div_ceil(16), warps * 4 * vectors * 512);
-            let output = adapter * most * (warps * WARP_COLUMNS * 2 + 64) + segment(most) * tiles * 3 * 512 + 128 * warps * most;
+            let output =
+                adapter * most * (warps * WARP_COLUMNS * 2 + 64) + segment(most) * tiles * 3 * 512 + 128 * warps * most;
             let input = warps * 2 * tiles * adapter * 1024 + segment(most) * tiles * (6 * 512 + 64 * 16);
             output.max(input) + stage <= self.gpu.shared
         };
@@ -687,7 +707,8 @@ impl Call<'_> {
 
     /// dB and dA from their parts: (parts, sink, number of parts, columns, scale) each; dA's sink is transposed.
     fn reduce(&self, work: [Option<(u64, View, usize, usize, f32)>; 2], add: bool) -> Result<()> {
-        let mut args = ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
+        let mut args =
+            ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
         let mut blocks = 0;
         for (i, work) in work.into_iter().enumerate() {
             let Some((parts, to, count, columns, scale)) = work else { continue };

@@ -26,16 +26,46 @@ pub fn paths() -> Vec<Path> {
     const LORA: &str = "fused_lora";
     const LINEAR: &str = "linear";
     vec![
-        path(LORA, ADAPTED, "k and n multiples of 8, x and y on 16 bytes, r up to 64", "one pass over x on tensor cores", true),
-        path(LORA, ADAPTED, "the same with r up to 16 and few rows (two an SM)", "a block a row, bound by latency", true),
+        path(
+            LORA,
+            ADAPTED,
+            "k and n multiples of 8, x and y on 16 bytes, r up to 64",
+            "one pass over x on tensor cores",
+            true,
+        ),
+        path(
+            LORA,
+            ADAPTED,
+            "the same with r up to 16 and few rows (two an SM)",
+            "a block a row, bound by latency",
+            true,
+        ),
         path(LORA, ADAPTED, "the same with r 65 to 256", "a pass over x for every 64 ranks", false),
         path(LORA, ADAPTED, "any other k, n or alignment", "tensor cores, element by element from memory", false),
-        path(LORA, "f16 or bf16 with f32 gradients g", "any", "backward by the f32 kernels, the adapter cast to f32", false),
+        path(
+            LORA,
+            "f16 or bf16 with f32 gradients g",
+            "any",
+            "backward by the f32 kernels, the adapter cast to f32",
+            false,
+        ),
         path(LORA, "any of these", "strided tensors", "a contiguous copy first", false),
         path(LINEAR, "x and W of one dtype", "any", "cuBLASLt", true),
-        path(LINEAR, "x and W of two dtypes, or g of another than W's", "any", "both cast to f32, then cuBLASLt", false),
+        path(
+            LINEAR,
+            "x and W of two dtypes, or g of another than W's",
+            "any",
+            "both cast to f32, then cuBLASLt",
+            false,
+        ),
         path(LINEAR, "any", "the bias's gradient", "Candle's sum", false),
-        path("lora_linear", ADAPTED, "as fused_lora and linear", "fused_lora into y, then cuBLASLt adds x Wᵀ in its epilogue", true),
+        path(
+            "lora_linear",
+            ADAPTED,
+            "as fused_lora and linear",
+            "fused_lora into y, then cuBLASLt adds x Wᵀ in its epilogue",
+            true,
+        ),
     ]
 }
 

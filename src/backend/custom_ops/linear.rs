@@ -3,9 +3,9 @@
 //! x `[.., k]`, W `[n, k]`, bias `[n]`, y and g `[.., n]`, each f32, f16 or bf16; y has x's dtype. Sums are f32.
 //! Gradients: `dx += g W`, `dW += gᵀ x`, `dbias += Σ rows of g`. Gradients of parameters are f32; dx is f32 or of x's dtype.
 
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::check::{self, with_last};
@@ -125,9 +125,6 @@ pub fn backward(
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let size = Size::of(OP, x, w, bias)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && size.m == 0 {
-        return forward(x, &w, bias.as_ref());
-    }
     if cuda::takes(x.device()) && w.dtype() != x.dtype() {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
         let y = linear(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias.as_ref())?;

@@ -6,9 +6,9 @@
 
 use std::sync::OnceLock;
 
-use candle_core::backend::BackendStorage;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 
 use super::check::with_last;
@@ -17,8 +17,8 @@ use super::linear;
 use crate::backend::cpu;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
 use crate::backend::cpu::fused_lora::Lora;
-use crate::backend::dropout::Dropout;
 use crate::backend::cuda;
+use crate::backend::dropout::Dropout;
 use crate::{Error, Result};
 
 const OP: &str = "lora_linear";
@@ -112,9 +112,6 @@ pub fn lora_linear_with_dropout(
 ) -> Result<Tensor> {
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && size.m == 0 {
-        return Ok(forward(x, &w, bias.as_ref(), a, b, s, dropout)?.0);
-    }
     if cuda::takes(x.device()) && w.dtype() != x.dtype() {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
         let [x32, w, a, b] = [x, &w, a, b].map(|tensor| tensor.to_dtype(DType::F32));
@@ -216,9 +213,7 @@ impl CustomOp3 for Taped {
             let [dx, da, db] = cuda::lora_linear::gradients(x, w, a, b, h, g, self.s, self.dropout, size, wanted)?;
             return Ok((dx, fused_lora::cast(da, a)?, fused_lora::cast(db, b)?));
         }
-        fused_lora::tape_gradients(x, a, b, |sink| {
-            backward(x, w, a, b, h, g, self.s, self.dropout, sink)
-        })
+        fused_lora::tape_gradients(x, a, b, |sink| backward(x, w, a, b, h, g, self.s, self.dropout, sink))
     }
 }
 
