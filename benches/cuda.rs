@@ -38,6 +38,8 @@ mod cuda {
         a: Tensor,
         b: Tensor,
         g: Tensor,
+        da: Tensor,
+        db: Tensor,
         size: Size,
     }
 
@@ -46,7 +48,9 @@ mod cuda {
             let random = |shape: &[usize], scale| Tensor::randn(0.0_f32, scale, shape, device)?.to_dtype(dtype);
             let (x, g) = (random(&[m, k], 1.0)?, random(&[m, n], 1.0)?);
             let (a, b, w) = (random(&[k, r], 0.02)?, random(&[r, n], 0.02)?, random(&[n, k], 0.02)?);
-            Ok(Self { x, w, a, b, g, size: Size::new([m, k, r, n])? })
+            let sink = |like: &Tensor| Tensor::zeros(like.shape(), DType::F32, device);
+            let (da, db) = (sink(&a)?, sink(&b)?);
+            Ok(Self { x, w, a, b, g, da, db, size: Size::new([m, k, r, n])? })
         }
     }
 
@@ -57,9 +61,6 @@ mod cuda {
         let commit = std::env::var("COMMIT").unwrap_or_else(|_| command("git", &["rev-parse", "--short", "HEAD"]));
         println!("# commit: {commit}");
         copy_speed(&device)?;
-        small("delta (128, 512, 512) r 8 f32", [128, 512, 8, 512], DType::F32, &device)?;
-        small("delta (128, 2048, 2048) r 8 bf16", [128, 2048, 8, 2048], DType::BF16, &device)?;
-        small("delta (1, 4096, 4096) r 16 bf16", [1, 4096, 16, 4096], DType::BF16, &device)?;
         for (n, shape) in [(4096, "(8192, 4096, 4096)"), (14336, "(8192, 4096, 14336)")] {
             let sets = sets([8192, 4096, 16, n], DType::BF16, &device)?;
             run(&format!("delta {shape} r 16 bf16"), &sets, 20, &delta_ways())?;
@@ -74,6 +75,9 @@ mod cuda {
             run(&format!("delta (8192, 4096, 4096) r 16 {name}"), &sets, 20, &delta_ways())?;
             run(&format!("delta forward+backward (8192, 4096, 4096) r 16 {name}"), &sets, 10, &delta_backward_ways())?;
         }
+        small("delta (128, 512, 512) r 8 f32", [128, 512, 8, 512], DType::F32, &device)?;
+        small("delta (128, 2048, 2048) r 8 bf16", [128, 2048, 8, 2048], DType::BF16, &device)?;
+        small("delta (1, 4096, 4096) r 16 bf16", [1, 4096, 16, 4096], DType::BF16, &device)?;
         for rank in [8, 32, 64, 128] {
             let sets = sets([8192, 4096, rank, 4096], DType::BF16, &device)?;
             run(&format!("delta (8192, 4096, 4096) r {rank} bf16"), &sets, 20, &delta_ways())?;
@@ -115,7 +119,16 @@ mod cuda {
         let base = |i: &Inputs| done(ops::linear::forward(&i.x, &i.w, None)?);
         let ours = |i: &Inputs| done(ops::lora_linear::forward(&i.x, &i.w, None, &i.a, &i.b, S, None)?);
         let candle = |i: &Inputs| done((i.x.matmul(&i.w.t()?)? + candle_delta(i)?.1)?);
-        vec![("base alone", Box::new(base)), ("ours", Box::new(ours)), ("Candle unfused", Box::new(candle))]
+        let after = |i: &Inputs| {
+            let y = ops::linear::forward(&i.x, &i.w, None)?;
+            done((ops::fused_lora::add_into(&y, &i.x, &i.a, &i.b, S, None)?, y))
+        };
+        vec![
+            ("base alone", Box::new(base)),
+            ("ours", Box::new(ours)),
+            ("ours, adapter after the base", Box::new(after)),
+            ("Candle unfused", Box::new(candle)),
+        ]
     }
 
     fn linear_backward_ways<'a>() -> Vec<Way<'a>> {
@@ -135,7 +148,18 @@ mod cuda {
             let (da, db) = (i.x.t()?.matmul(&u)?, (h.t()?.matmul(&i.g)? * S)?);
             done((y, (i.g.matmul(&i.w)? + u.matmul(&i.a.t()?)?)?, da, db))
         };
-        vec![("base alone", Box::new(base)), ("ours", Box::new(ours)), ("Candle unfused", Box::new(candle))]
+        let after = move |i: &Inputs| {
+            let (y, h) = ops::lora_linear::forward(&i.x, &i.w, None, &i.a, &i.b, S, None)?;
+            let dx = cuda::linear::gradient(&i.x, &i.w, &i.g, sizes(i))?;
+            let sink = ops::Sink { dx: Some(&dx), da: Some(&i.da), db: Some(&i.db) };
+            done((ops::fused_lora::backward(&i.x, &i.a, &i.b, Some(&h), &i.g, S, None, sink)?, y))
+        };
+        vec![
+            ("base alone", Box::new(base)),
+            ("ours", Box::new(ours)),
+            ("ours, adapter after the base", Box::new(after)),
+            ("Candle unfused", Box::new(candle)),
+        ]
     }
 
     /// `(h, s · h B)`, as models on Candle write it.

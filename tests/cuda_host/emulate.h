@@ -148,6 +148,7 @@ inline void copy_async(void* to, const void* from, bool valid) {
   if (valid) memcpy(&copy.value, from, 16);
   groups.back().push_back(copy);
 }
+inline void copy_async_once(void* to, const void* from, bool valid) { copy_async(to, from, valid); }
 inline void copy_commit() {
   auto& groups = block->current->groups;
   if (groups.empty()) groups.emplace_back();

@@ -179,6 +179,7 @@ template <class T, class W> void types(const char* name) {
   check<T, W, 8, 1, true>(name, {17, 40, 136, 72}, false, false, false, 2, 2);
   check<T, W, 1, sizeof(typename T::Raw) == 2 && T::TERMS == 1 ? 4 : 2, true>(name, {70, 320, 8, 96}, false, true, false, 3, 2);
   check<T, W, 2, T::TERMS == 1 ? 4 : 2, true>(name, {70, 320, 16, 96}, true, false, false, 4, 3);
+  if constexpr (T::TERMS == 1) check<T, W, 8, 2, true>(name, {70, 96, 64, 96}, true, false, false, 2, 2);
   check<T, W, 4, 2, true>(name, {70, 96, 32, 96}, false, false, false, 2, 2);
   check<T, W, 2, 1, true>(name, {290, 72, 16, 72}, true, false, false, 2, 3);
   check<T, W, 2, 1, false>(name, {37, 131, 5, 203}, true, false, false, 3, 1);

@@ -33,6 +33,11 @@ __device__ __forceinline__ void load_transposed(uint32_t (&d)[4], const void* ro
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+// As copy_async, for what will not be read again: it leaves the L2 cache first.
+__device__ __forceinline__ void copy_async_once(void* to, const void* from, bool valid) {
+  asm volatile("{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, policy; }"
+               ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // Programmatic dependent launch (compute capability 9.0; a launch without the attribute makes both do nothing): the next kernel's

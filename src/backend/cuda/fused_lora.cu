@@ -24,15 +24,16 @@
   SHORT(lora_short_##t##_##w##_8, T, W, 8)                   \
   SHORT(lora_short_##t##_##w##_16, T, W, 16)
 
-// Four tiles need the registers that only bf16's single term leaves.
-#define FOUR_TILES(t, w, T, W)                              \
+// More rows a block need the registers that only bf16's single term leaves.
+#define MORE_TILES(t, w, T, W)                              \
   FORWARD(lora_forward_##t##_##w##_1_4_v, T, W, 1, 4, true) \
-  FORWARD(lora_forward_##t##_##w##_2_4_v, T, W, 2, 4, true)
+  FORWARD(lora_forward_##t##_##w##_2_4_v, T, W, 2, 4, true) \
+  FORWARD(lora_forward_##t##_##w##_8_2_v, T, W, 8, 2, true)
 
 TYPES(bf16, bf16, Bf16, Bf16)
 TYPES(bf16, f32, Bf16, F32)
-FOUR_TILES(bf16, bf16, Bf16, Bf16)
-FOUR_TILES(bf16, f32, Bf16, F32)
+MORE_TILES(bf16, bf16, Bf16, Bf16)
+MORE_TILES(bf16, f32, Bf16, F32)
 TYPES(f16, f16, F16, F16)
 TYPES(f16, f32, F16, F32)
 TYPES(f32, f32, F32, F32)

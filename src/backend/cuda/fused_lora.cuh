@@ -51,7 +51,7 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
         bool valid = chunk < chunks && row < p.m && column < p.k;
         const X* from = valid ? (const X*)p.x + row * p.k + column : (const X*)p.x;
         UNROLL for (int v = 0; v < T::VECTORS; v++)
-          copy_async(slots + (half * T::VECTORS + v) * 32 + lane, (const uint4*)from + v, valid);
+          copy_async_once(slots + (half * T::VECTORS + v) * 32 + lane, (const uint4*)from + v, valid);
       }
     }
     copy_commit();

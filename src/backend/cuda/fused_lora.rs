@@ -157,7 +157,7 @@ pub fn delta(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropout: Option<Dropout
     Ok(tensor(y, shape))
 }
 
-/// The delta as storage; `h`, `[m, r]` f32, is written where given.
+/// The delta as storage, of one row where x has none; `h`, `[m, r]` f32, is written where given.
 pub(super) fn storage_delta(
     device: &CudaDevice,
     [x, a, b]: [View; 3],
@@ -166,7 +166,10 @@ pub(super) fn storage_delta(
     size: Size,
     h: Option<View>,
 ) -> Result<CudaStorage> {
-    let storage = uninit(device, &Shape::from((size.m, size.n)), x.dtype)?;
+    let storage = uninit(device, &Shape::from((size.m.max(1), size.n)), x.dtype)?;
+    if size.m == 0 {
+        return Ok(storage);
+    }
     let y = View::of(OP, "y", &storage, &Layout::contiguous((size.m, size.n)))?;
     let call = Call { gpu: Gpu::of(device)?, stream: &device.cuda_stream(), dropout, size };
     call.forward([x, a, b], s, Some(y), false, h)?;
@@ -232,6 +235,10 @@ pub(crate) fn taped(
     size: Size,
 ) -> Result<(CudaStorage, Tensor)> {
     let device = &x.0.device;
+    if size.m == 0 {
+        let x = View::of(OP, "x", x.0, x.1)?;
+        return Ok((storage_delta(device, [x; 3], s, dropout, size, None)?, empty(device, (0, size.r), DType::F32)?));
+    }
     let h = tensor(uninit(device, &Shape::from((size.m, size.r)), DType::F32)?, (size.m, size.r));
     let h_view = Held::of(OP, "h", &h)?.view;
     let (x, a, b) = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
@@ -505,6 +512,7 @@ impl Call<'_> {
         let most = match (vector, ranks) {
             (true, ..=16) if x.dtype == DType::BF16 => 4,
             (true, ..=32) => 2,
+            (true, _) if x.dtype == DType::BF16 => 2,
             _ => 1,
         };
         let tiles = [4, 2].into_iter().filter(|&tiles| tiles <= most).find(fills).unwrap_or(1);

@@ -4,9 +4,13 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::time::Instant;
 
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::cublaslt::{result, sys};
+use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
 use super::device::{Gpu, Held, View, cuda_device, empty, failed, tensor, uninit};
@@ -17,6 +21,10 @@ use crate::backend::fallback;
 const OP: &str = "linear";
 /// Scratch that cuBLASLt may use.
 const WORKSPACE: usize = 32 << 20;
+/// Algorithms that cuBLASLt is asked for.
+const PROPOSALS: usize = 8;
+/// From so many multiplications on, a tenth of a millisecond on a large GPU, algorithms are timed.
+const TIMED_FROM: f64 = 3e10;
 
 /// `x Wᵀ + bias`; see `custom_ops::linear::forward`. `[m, k, n]`.
 ///
@@ -76,6 +84,9 @@ pub(crate) fn taped(
     sizes: [usize; 3],
 ) -> Result<CudaStorage> {
     let view = View::of(OP, "x", x.0, x.1)?;
+    if sizes[0] == 0 {
+        return uninit(&x.0.device, &Shape::from((1, sizes[2])), x.0.dtype());
+    }
     let (w, bias) = (Held::of(OP, "w", w)?, Held::option(OP, "bias", bias)?);
     storage_forward(&x.0.device, view, w.view, bias.as_ref().map(|bias| bias.view), sizes)
 }
@@ -85,6 +96,9 @@ pub(crate) fn taped(
 /// # Errors
 /// When memory or the product is refused.
 pub fn gradient(x: &Tensor, w: &Tensor, g: &Tensor, sizes: [usize; 3]) -> Result<Tensor> {
+    if sizes[0] == 0 {
+        return empty(cuda_device(OP, x)?, x.shape(), x.dtype());
+    }
     let dx = tensor(uninit(cuda_device(OP, x)?, x.shape(), x.dtype())?, x.shape());
     input_gradient(w, g, &dx, false, sizes)?;
     Ok(dx)
@@ -170,45 +184,27 @@ fn product(device: &CudaDevice, left: Factor, right: Factor, to: Output) -> Resu
     let stream = device.cuda_stream();
     let mut products = gpu.products()?;
     let handle = products.handle;
-    let plan = products.plan(&left, &right, &to)?;
+    let plan = products.plan(device, &left, &right, &to)?;
+    if let Some(bias) = to.bias {
+        // SAFETY: the attribute takes a pointer.
+        unsafe {
+            set_desc(plan.desc, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.ptr)?
+        };
+    }
     // SAFETY: the workspace is scratch of this stream.
     let workspace = match plan.workspace {
         0 => None,
         size => Some(unsafe { device.alloc::<u8>(size) }?),
     };
     let workspace_ptr = workspace.as_ref().map_or(0, |workspace| super::device::address(workspace, &stream));
-    let (one, beta) = (1.0_f32, if to.add { 1.0_f32 } else { 0.0 });
-    // SAFETY: descriptors live in `products`; pointers are of this stream, with the sizes that the layouts say; alpha and beta
-    // are f32, the scale type, and are read before the call returns.
+    // SAFETY: descriptors live in `products`; pointers are of this stream, with the sizes that the layouts say.
     unsafe {
-        if let Some(bias) = to.bias {
-            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            set_desc(plan.desc, attribute, bias.ptr)?;
-        }
-        result::matmul(
-            handle,
-            plan.desc,
-            (&raw const one).cast(),
-            (&raw const beta).cast(),
-            left.view.ptr as *const c_void,
-            plan.left,
-            right.view.ptr as *const c_void,
-            plan.right,
-            to.view.ptr as *const c_void,
-            plan.to,
-            to.view.ptr as *mut c_void,
-            plan.to,
-            &plan.algorithm,
-            workspace_ptr as *mut c_void,
-            plan.workspace,
-            stream.cu_stream().cast(),
-        )
+        plan.run(handle, &plan.algorithm, &left, &right, to.view.ptr, to.add, (workspace_ptr, plan.workspace), &stream)
     }
-    .map_err(cublas)
 }
 
 /// What decides cuBLASLt's choice of algorithm.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     sizes: [usize; 3],
     dtypes: [DType; 2],
@@ -227,6 +223,99 @@ struct Plan {
     workspace: usize,
 }
 
+impl Plan {
+    /// Puts the product on the stream; `workspace` is address and size.
+    ///
+    /// # Safety
+    /// The pointers must be of `stream`, with the sizes that the layouts say.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn run(
+        &self,
+        handle: sys::cublasLtHandle_t,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        left: &Factor,
+        right: &Factor,
+        to: u64,
+        add: bool,
+        workspace: (u64, usize),
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (one, beta) = (1.0_f32, if add { 1.0_f32 } else { 0.0 });
+        // SAFETY: the caller's; alpha and beta are f32, the scale type, and are read before the call returns.
+        unsafe {
+            result::matmul(
+                handle,
+                self.desc,
+                (&raw const one).cast(),
+                (&raw const beta).cast(),
+                left.view.ptr as *const c_void,
+                self.left,
+                right.view.ptr as *const c_void,
+                self.right,
+                to as *const c_void,
+                self.to,
+                to as *mut c_void,
+                self.to,
+                algorithm,
+                workspace.0 as *mut c_void,
+                workspace.1,
+                stream.cu_stream().cast(),
+            )
+        }
+        .map_err(cublas)
+    }
+
+    /// Of the algorithms that cuBLASLt proposes, takes the one that is fastest here, on scratch: a large product is timed once a
+    /// shape, and its first call waits for that.
+    fn choose(
+        &mut self,
+        handle: sys::cublasLtHandle_t,
+        device: &CudaDevice,
+        proposed: &[sys::cublasLtMatmulHeuristicResult_t],
+        left: &Factor,
+        right: &Factor,
+        to: &Output,
+    ) -> Result<()> {
+        const CALLS: usize = 3;
+        let stream = device.cuda_stream();
+        let scratch = device.alloc_zeros::<u8>(to.rows * to.columns * to.view.dtype.size_in_bytes())?;
+        // SAFETY: scratch.
+        let workspace = unsafe { device.alloc::<u8>(WORKSPACE) }?;
+        let (to_ptr, workspace) =
+            (super::device::address(&scratch, &stream), super::device::address(&workspace, &stream));
+        let mut fastest = f64::INFINITY;
+        for found in proposed {
+            let run = || {
+                // SAFETY: the output and the workspace are scratch of the sizes that the layouts and the proposal say.
+                unsafe {
+                    self.run(
+                        handle,
+                        &found.algo,
+                        left,
+                        right,
+                        to_ptr,
+                        to.add,
+                        (workspace, found.workspaceSize),
+                        &stream,
+                    )
+                }
+            };
+            if run().is_err() {
+                continue;
+            }
+            device.synchronize()?;
+            let start = Instant::now();
+            (0..CALLS).try_for_each(|_| run())?;
+            device.synchronize()?;
+            let seconds = start.elapsed().as_secs_f64();
+            if seconds < fastest {
+                (fastest, self.algorithm, self.workspace) = (seconds, found.algo, found.workspaceSize);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// cuBLASLt on one GPU, with the algorithms that it chose.
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
@@ -238,7 +327,7 @@ impl Products {
         Ok(Self { handle: result::create_handle().map_err(cublas)?, plans: HashMap::new() })
     }
 
-    fn plan(&mut self, left: &Factor, right: &Factor, to: &Output) -> Result<&Plan> {
+    fn plan(&mut self, device: &CudaDevice, left: &Factor, right: &Factor, to: &Output) -> Result<&Plan> {
         let alignment = |ptr: u64| 1 << ptr.trailing_zeros().min(8);
         let key = Key {
             sizes: [to.rows, to.columns, if left.transposed { left.rows } else { left.columns }],
@@ -249,13 +338,21 @@ impl Products {
             alignments: [alignment(left.view.ptr), alignment(right.view.ptr), alignment(to.view.ptr)],
         };
         if !self.plans.contains_key(&key) {
-            self.plans.insert(key, make_plan(self.handle, &key, left, right, to)?);
+            let plan = make_plan(self.handle, device, &key, left, right, to)?;
+            self.plans.insert(key, plan);
         }
         Ok(&self.plans[&key])
     }
 }
 
-fn make_plan(handle: sys::cublasLtHandle_t, key: &Key, left: &Factor, right: &Factor, to: &Output) -> Result<Plan> {
+fn make_plan(
+    handle: sys::cublasLtHandle_t,
+    device: &CudaDevice,
+    key: &Key,
+    left: &Factor,
+    right: &Factor,
+    to: &Output,
+) -> Result<Plan> {
     use sys::cublasLtMatmulDescAttributes_t as Desc;
     use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
     let layout = |dtype, rows: usize, columns: usize| {
@@ -284,7 +381,9 @@ fn make_plan(handle: sys::cublasLtHandle_t, key: &Key, left: &Factor, right: &Fa
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &key.alignments[1])?;
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &key.alignments[2])?;
         set(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &key.alignments[2])?;
-        let found = result::get_matmul_algo_heuristic(
+        let mut found = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit(); PROPOSALS];
+        let mut count = 0;
+        let status = sys::cublasLtMatmulAlgoGetHeuristic(
             handle,
             desc,
             left_layout,
@@ -292,18 +391,25 @@ fn make_plan(handle: sys::cublasLtHandle_t, key: &Key, left: &Factor, right: &Fa
             to_layout,
             to_layout,
             preference,
+            PROPOSALS as i32,
+            found.as_mut_ptr().cast(),
+            &mut count,
         );
         result::destroy_matmul_pref(preference).map_err(cublas)?;
-        found.map_err(cublas)?
+        status.result().map_err(cublas)?;
+        found[..count as usize].iter().map(|found| found.assume_init()).collect::<Vec<_>>()
     };
-    Ok(Plan {
-        desc,
-        left: left_layout,
-        right: right_layout,
-        to: to_layout,
-        algorithm: found.algo,
-        workspace: found.workspaceSize,
-    })
+    let first = found.first().ok_or_else(|| failed(format!("cuBLASLt has no algorithm for {key:?}")))?;
+    let (algorithm, workspace) = (first.algo, first.workspaceSize);
+    let mut plan = Plan { desc, left: left_layout, right: right_layout, to: to_layout, algorithm, workspace };
+    if key.sizes.iter().map(|&size| size as f64).product::<f64>() >= TIMED_FROM {
+        if let Some(bias) = to.bias {
+            // SAFETY: the attribute takes a pointer.
+            unsafe { set_desc(desc, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.ptr)? };
+        }
+        plan.choose(handle, device, &found, left, right, to)?;
+    }
+    Ok(plan)
 }
 
 /// A value as cuBLASLt's attributes take it.

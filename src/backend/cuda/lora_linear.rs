@@ -76,6 +76,9 @@ pub(crate) fn taped(
     size: Size,
 ) -> Result<(CudaStorage, Tensor)> {
     let device = &x.0.device;
+    if size.m == 0 {
+        return fused_lora::taped([x, a, b], s, dropout, size);
+    }
     let h = tensor(uninit(device, &Shape::from((size.m, size.r)), DType::F32)?, (size.m, size.r));
     let h_view = Held::of(OP, "h", &h)?.view;
     let (x, a, b) = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);

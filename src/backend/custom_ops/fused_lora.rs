@@ -163,9 +163,6 @@ pub fn fused_lora_with_dropout(x: &Tensor, a: &Tensor, b: &Tensor, s: f64, dropo
         fallback::allow(OP, x.device(), &reason.to_string())?;
         return composite(x, a, b, s, dropout);
     }
-    if size.m == 0 {
-        return delta(x, a, b, s, dropout);
-    }
     let op = Taped { s, dropout, size, h: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
 }

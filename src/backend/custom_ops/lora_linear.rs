@@ -112,9 +112,6 @@ pub fn lora_linear_with_dropout(
 ) -> Result<Tensor> {
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && size.m == 0 {
-        return Ok(forward(x, &w, bias.as_ref(), a, b, s, dropout)?.0);
-    }
     if cuda::takes(x.device()) && w.dtype() != x.dtype() {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
         let [x32, w, a, b] = [x, &w, a, b].map(|tensor| tensor.to_dtype(DType::F32));
