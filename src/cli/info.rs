@@ -8,7 +8,7 @@ use metal_candle::training::adapter::AdapterFile;
 
 use super::Outcome;
 
-/// Tell what this program can do on this machine, and what a model or an adapter is.
+/// Tell what this program can do here, and what a model or an adapter is
 #[derive(Args)]
 pub struct Info {
     /// A folder, a GGUF file, or the name of a model on the hub
