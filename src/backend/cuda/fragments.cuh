@@ -3,7 +3,7 @@
 // Every product runs on one instruction, mma m16n8k16 of bf16 with f32 sums (compute capability 8.0 and up). A value that
 // bf16 cannot hold is a sum of bf16 terms: f16 is exactly two, f32 is three (24 bits). Of the products of terms those of order
 // i + j < 3 are computed, which leaves the precision of f32. Products that make an f16 or bf16 activation (y, dx) from h or u
-// take two terms and order 2 (16 bits). An infinite f16 or f32 input gives NaN, not infinity.
+// stop at order 2 (16 bits). An infinite f16 or f32 input gives NaN, not infinity.
 //
 // Lane l of a warp is (g, t) = (l / 4, l % 4). A chunk is 32 columns of a row-major matrix; a lane holds columns 8t..8t+7 of
 // rows g and g + 8: 16-byte loads, four lanes a row. The k slots of a product may be taken in any order if both operands
@@ -84,7 +84,7 @@ __device__ __forceinline__ void copy_wait_all_but(int groups) {
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// TERMS: bf16 terms of a value. UP: terms and order of the products that make y and dx. VECTORS: 16-byte loads for 8 values.
+// TERMS: bf16 terms of a value. UP: order of the products that make y and dx of this type. VECTORS: 16-byte loads for 8 values.
 struct Bf16 {
   typedef uint16_t Raw;
   static constexpr int TERMS = 1, UP = 2, VECTORS = 1;
