@@ -487,6 +487,8 @@ proptest! {
         for_devices(|device| {
             let (x, adapter) = MIXES[mix];
             let case = Case::new(&leading, [k, r, n], x, adapter, device);
+            // Candle makes no view's copy without elements on a CUDA device.
+            let layout = if case.x.elem_count() == 0 && device.is_cuda() { 0 } else { layout };
             let x = match layout {
                 1 => strided(&case.x),
                 2 if !leading.is_empty() => transposed(&case.x),

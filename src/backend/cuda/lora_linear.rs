@@ -4,7 +4,7 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
-use super::device::{Held, View, cuda_device, tensor, uninit};
+use super::device::{Held, View, cuda_device, empty, tensor, uninit};
 use super::fused_lora::{self, Size, with_last};
 use super::linear;
 use crate::Result;
@@ -19,7 +19,7 @@ const SMALL: usize = 1 << 16;
 /// Whether the sum of base and adapter is made in f32 and rounded once. Else the adapter's part is rounded to x's dtype before
 /// the base's is added, which doubles the rounding error where the two cancel over a whole small matrix.
 pub(crate) fn in_f32(x: &Tensor, Size { m, k, n, .. }: Size) -> bool {
-    x.dtype() != DType::F32 && m * n <= SMALL && m * k <= SMALL && n * k <= SMALL
+    m > 0 && x.dtype() != DType::F32 && m * n <= SMALL && m * k <= SMALL && n * k <= SMALL
 }
 
 /// `(y, h)`; see `custom_ops::lora_linear::forward`.
@@ -38,7 +38,11 @@ pub fn forward(
     size: Size,
 ) -> Result<(Tensor, Tensor)> {
     let Size { m, k, r, n } = size;
-    if m == 0 || x.dtype() != w.dtype() || in_f32(x, size) {
+    if m == 0 {
+        let device = cuda_device(OP, x)?;
+        return Ok((empty(device, with_last(x, n), x.dtype())?, empty(device, (0, r), DType::F32)?));
+    }
+    if x.dtype() != w.dtype() || in_f32(x, size) {
         let base = linear::forward(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias, [m, k, n])?;
         let h = fused_lora::add_into(&base, x, a, b, s, dropout, size)?;
         return Ok((base.to_dtype(x.dtype())?, h));
