@@ -126,19 +126,19 @@ template <class E, bool VEC> __device__ __forceinline__ Eight<E> load8(const typ
   Eight<E> e;
   if constexpr (VEC) {
     UNROLL for (int v = 0; v < E::VECTORS; v++) e.v[v] = valid > 0 ? __ldg((const uint4*)p + v) : make_uint4(0, 0, 0, 0);
-    return e;
-  }
-  uint32_t w[8];
-  UNROLL for (int i = 0; i < 8; i++) {
-    typename E::Raw value = i < valid ? p[i] : typename E::Raw(0);
-    if (E::VECTORS == 2) w[i] = __float_as_uint(E::widen(value));
-    else w[i] = (uint32_t)value;
-  }
-  if (E::VECTORS == 2) {
-    e.v[0] = make_uint4(w[0], w[1], w[2], w[3]);
-    e.v[E::VECTORS - 1] = make_uint4(w[4], w[5], w[6], w[7]);
   } else {
-    e.v[0] = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
+    uint32_t w[8];
+    UNROLL for (int i = 0; i < 8; i++) {
+      typename E::Raw value = i < valid ? p[i] : typename E::Raw(0);
+      if constexpr (E::VECTORS == 2) w[i] = __float_as_uint(value);
+      else w[i] = (uint32_t)value;
+    }
+    if constexpr (E::VECTORS == 2) {
+      e.v[0] = make_uint4(w[0], w[1], w[2], w[3]);
+      e.v[1] = make_uint4(w[4], w[5], w[6], w[7]);
+    } else {
+      e.v[0] = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
+    }
   }
   return e;
 }
@@ -151,23 +151,23 @@ template <class E> __device__ __forceinline__ Eight<E> load8(const typename E::R
 template <class E, bool VEC> __device__ __forceinline__ void store8(typename E::Raw* p, const float (&f)[8], int valid) {
   uint32_t w[4];
   UNROLL for (int i = 0; i < 4; i++) w[i] = E::narrow(f[2 * i], f[2 * i + 1]);
-  if (VEC) {
+  if constexpr (VEC) {
     if (valid > 0) *(uint4*)p = make_uint4(w[0], w[1], w[2], w[3]);
-    return;
+  } else {
+    UNROLL for (int i = 0; i < 8; i++)
+      if (i < valid) p[i] = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
   }
-  UNROLL for (int i = 0; i < 8; i++)
-    if (i < valid) p[i] = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
 }
 template <bool VEC> __device__ __forceinline__ void store8_f32(float* p, const float (&f)[8], int valid) {
-  if (VEC) {
+  if constexpr (VEC) {
     if (valid > 0) {
       *(float4*)p = make_float4(f[0], f[1], f[2], f[3]);
       *((float4*)p + 1) = make_float4(f[4], f[5], f[6], f[7]);
     }
-    return;
+  } else {
+    UNROLL for (int i = 0; i < 8; i++)
+      if (i < valid) p[i] = f[i];
   }
-  UNROLL for (int i = 0; i < 8; i++)
-    if (i < valid) p[i] = f[i];
 }
 template <> __device__ __forceinline__ void store8<F32, true>(float* p, const float (&f)[8], int valid) { store8_f32<true>(p, f, valid); }
 template <> __device__ __forceinline__ void store8<F32, false>(float* p, const float (&f)[8], int valid) { store8_f32<false>(p, f, valid); }

@@ -391,13 +391,9 @@ pub fn differentiate(
         call.up(x.view, Held::of(OP, "a", a)?.view, u_ptr, output.column_blocks, dx, add)?;
     }
     let (_, kept) = Mask::of(dropout);
-    call.reduce(
-        [
-            db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)),
-            da.map(|to| (da_ptr, to, input.row_blocks, k, kept)),
-        ],
-        add,
-    )
+    let db = db.map(|to| Parts { parts: db_ptr, to, count: output.row_blocks, columns: n, scale: s as f32 });
+    let da = da.map(|to| Parts { parts: da_ptr, to, count: input.row_blocks, columns: k, scale: kept });
+    call.reduce([db, da], add)
 }
 
 /// The shape of x with the last dimension `n`.
@@ -448,6 +444,15 @@ fn ranks(r: usize, vector: bool) -> usize {
         ..=32 if vector => 32,
         _ => MAX_RANKS,
     }
+}
+
+/// What the row blocks of a backward kernel left of a gradient, `[count, r, columns]`, and where `scale` times its sum goes.
+struct Parts {
+    parts: u64,
+    to: View,
+    count: usize,
+    columns: usize,
+    scale: f32,
 }
 
 /// The grid of a backward kernel over a matrix [m, columns].
@@ -564,7 +569,7 @@ impl Call<'_> {
         let steps = if ranks <= 32 { ranks.div_ceil(16) } else { r.div_ceil(16) };
         let fragments = tiles * steps * FINE * 512;
         let items = if vector { 2 * tiles * vectors * 512 } else { 0 };
-        let buffer = adapter * 32 * 16 * (ranks / 8 | 1);
+        let buffer = adapter * 32 * 16 * ((ranks / 8) | 1);
         let shared = |warps: usize, stages: usize| {
             fragments + (warps * (stages * items + buffer)).max(warps * 16 * tiles * ranks * 4)
         };
@@ -706,13 +711,13 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// dB and dA from their parts: (parts, sink, number of parts, columns, scale) each; dA's sink is transposed.
-    fn reduce(&self, work: [Option<(u64, View, usize, usize, f32)>; 2], add: bool) -> Result<()> {
+    /// dB and dA from their parts; dA's sink is transposed.
+    fn reduce(&self, work: [Option<Parts>; 2], add: bool) -> Result<()> {
         let mut args =
             ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
         let mut blocks = 0;
         for (i, work) in work.into_iter().enumerate() {
-            let Some((parts, to, count, columns, scale)) = work else { continue };
+            let Some(Parts { parts, to, count, columns, scale }) = work else { continue };
             (args.parts[i], args.to[i], args.count[i]) = (parts, to.ptr, count as i32);
             (args.columns[i], args.scale[i]) = (columns as i32, scale);
             blocks = blocks.max((self.size.r * columns).div_ceil(256).min(8 * self.gpu.sms));
@@ -729,7 +734,7 @@ impl Call<'_> {
 fn segment(ranks: usize) -> usize {
     match ranks {
         ..=16 => 16,
-        ..=32 => 8,
+        17..=32 => 8,
         _ => 4,
     }
 }
