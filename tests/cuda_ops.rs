@@ -129,11 +129,12 @@ mod cuda {
     #[test]
     fn every_instance() {
         let Some(gpu) = gpu() else { return };
+        // For compute-sanitizer, which takes a hundred times as long.
         let few = std::env::var_os("METAL_CANDLE_SMALL_GRID").is_some();
         for mix in MIXES {
             for (m, k, n) in [(1, 512, 520), (130, 264, 136), (301, 136, 200), (3200, 64, 72)] {
                 for r in [3, 8, 13, 16, 32, 61, 64, 72, 256] {
-                    if few && (m > 301 || r > 72 || r == 13 || r == 61) || m > 301 && r > 64 {
+                    if few && (m > 130 || ![8, 16, 32, 72].contains(&r)) || m > 301 && r > 64 {
                         continue;
                     }
                     for p in [None, Some(0.3)] {

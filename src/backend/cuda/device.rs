@@ -287,7 +287,7 @@ pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// A tensor of no elements.
+/// A tensor of no elements, which Candle itself does not make on a CUDA device.
 pub(super) fn empty(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let one = Tensor::zeros(1, dtype, &Device::Cuda(device.clone()))?;
     Ok(one.narrow(0, 0, 0)?.reshape(shape)?)

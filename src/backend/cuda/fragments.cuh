@@ -3,7 +3,7 @@
 // Every product runs on one instruction, mma m16n8k16 of bf16 with f32 sums (compute capability 8.0 and up). A value that
 // bf16 cannot hold is a sum of bf16 terms: f16 is exactly two, f32 is three (24 bits). Of the products of terms those of order
 // i + j < 3 are computed, which leaves the precision of f32. Products that make an f16 or bf16 activation (y, dx) from h or u
-// take two terms and order 2 (16 bits). An infinite f16 or f32 input gives NaN, not infinity.
+// stop at order 2 (16 bits). An infinite f16 or f32 input gives NaN, not infinity.
 //
 // Lane l of a warp is (g, t) = (l / 4, l % 4). A chunk is 32 columns of a row-major matrix; a lane holds columns 8t..8t+7 of
 // rows g and g + 8: 16-byte loads, four lanes a row. The k slots of a product may be taken in any order if both operands
@@ -84,7 +84,7 @@ __device__ __forceinline__ void copy_wait_all_but(int groups) {
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// TERMS: bf16 terms of a value. UP: terms and order of the products that make y and dx. VECTORS: 16-byte loads for 8 values.
+// TERMS: bf16 terms of a value. UP: order of the products that make y and dx of this type. VECTORS: 16-byte loads for 8 values.
 struct Bf16 {
   typedef uint16_t Raw;
   static constexpr int TERMS = 1, UP = 2, VECTORS = 1;
@@ -126,19 +126,19 @@ template <class E, bool VEC> __device__ __forceinline__ Eight<E> load8(const typ
   Eight<E> e;
   if constexpr (VEC) {
     UNROLL for (int v = 0; v < E::VECTORS; v++) e.v[v] = valid > 0 ? __ldg((const uint4*)p + v) : make_uint4(0, 0, 0, 0);
-    return e;
-  }
-  uint32_t w[8];
-  UNROLL for (int i = 0; i < 8; i++) {
-    typename E::Raw value = i < valid ? p[i] : typename E::Raw(0);
-    if (E::VECTORS == 2) w[i] = __float_as_uint(E::widen(value));
-    else w[i] = (uint32_t)value;
-  }
-  if (E::VECTORS == 2) {
-    e.v[0] = make_uint4(w[0], w[1], w[2], w[3]);
-    e.v[E::VECTORS - 1] = make_uint4(w[4], w[5], w[6], w[7]);
   } else {
-    e.v[0] = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
+    uint32_t w[8];
+    UNROLL for (int i = 0; i < 8; i++) {
+      typename E::Raw value = i < valid ? p[i] : typename E::Raw(0);
+      if constexpr (E::VECTORS == 2) w[i] = __float_as_uint(value);
+      else w[i] = (uint32_t)value;
+    }
+    if constexpr (E::VECTORS == 2) {
+      e.v[0] = make_uint4(w[0], w[1], w[2], w[3]);
+      e.v[1] = make_uint4(w[4], w[5], w[6], w[7]);
+    } else {
+      e.v[0] = make_uint4(w[0] | w[1] << 16, w[2] | w[3] << 16, w[4] | w[5] << 16, w[6] | w[7] << 16);
+    }
   }
   return e;
 }
@@ -151,23 +151,23 @@ template <class E> __device__ __forceinline__ Eight<E> load8(const typename E::R
 template <class E, bool VEC> __device__ __forceinline__ void store8(typename E::Raw* p, const float (&f)[8], int valid) {
   uint32_t w[4];
   UNROLL for (int i = 0; i < 4; i++) w[i] = E::narrow(f[2 * i], f[2 * i + 1]);
-  if (VEC) {
+  if constexpr (VEC) {
     if (valid > 0) *(uint4*)p = make_uint4(w[0], w[1], w[2], w[3]);
-    return;
+  } else {
+    UNROLL for (int i = 0; i < 8; i++)
+      if (i < valid) p[i] = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
   }
-  UNROLL for (int i = 0; i < 8; i++)
-    if (i < valid) p[i] = (uint16_t)(w[i / 2] >> (16 * (i % 2)));
 }
 template <bool VEC> __device__ __forceinline__ void store8_f32(float* p, const float (&f)[8], int valid) {
-  if (VEC) {
+  if constexpr (VEC) {
     if (valid > 0) {
       *(float4*)p = make_float4(f[0], f[1], f[2], f[3]);
       *((float4*)p + 1) = make_float4(f[4], f[5], f[6], f[7]);
     }
-    return;
+  } else {
+    UNROLL for (int i = 0; i < 8; i++)
+      if (i < valid) p[i] = f[i];
   }
-  UNROLL for (int i = 0; i < 8; i++)
-    if (i < valid) p[i] = f[i];
 }
 template <> __device__ __forceinline__ void store8<F32, true>(float* p, const float (&f)[8], int valid) { store8_f32<true>(p, f, valid); }
 template <> __device__ __forceinline__ void store8<F32, false>(float* p, const float (&f)[8], int valid) { store8_f32<false>(p, f, valid); }

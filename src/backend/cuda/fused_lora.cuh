@@ -35,7 +35,7 @@ __device__ __forceinline__ int chunk_of(int i, int chunks) {
 // Ranks a block computes at once are 8 NR; 8 NR < r means several passes over x.
 template <class T, class W, int NR, int MT, bool VEC> struct Forward {
   static constexpr int ROWS = 16 * MT, RANKS = 8 * NR, XT = T::TERMS, AT = W::TERMS;
-  static constexpr int HT = T::UP, BT = least(W::TERMS, T::UP);
+  static constexpr int HT = FINE, BT = least(W::TERMS, FINE);
   static constexpr int ITEMS = VEC ? MT * 2 * T::VECTORS : 0, PITCH = 16 * (NR | 1);
   // Steps of 16 ranks where their number is known (8 NR >= r), and whether B of the next chunk is read ahead.
   static constexpr int STEPS = NR <= 2 ? 1 : NR == 4 ? 2 : 0;
@@ -51,7 +51,11 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
         bool valid = chunk < chunks && row < p.m && column < p.k;
         const X* from = valid ? (const X*)p.x + row * p.k + column : (const X*)p.x;
         UNROLL for (int v = 0; v < T::VECTORS; v++)
-          copy_async_once(slots + (half * T::VECTORS + v) * 32 + lane, (const uint4*)from + v, valid);
+          {
+          // Four tiles came out a third slower with the hint, one and two a tenth faster.
+          if (MT == 4) copy_async(slots + (half * T::VECTORS + v) * 32 + lane, (const uint4*)from + v, valid);
+          else copy_async_once(slots + (half * T::VECTORS + v) * 32 + lane, (const uint4*)from + v, valid);
+        }
       }
     }
     copy_commit();
@@ -127,13 +131,15 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
   static __device__ __forceinline__ void pack_b(const Rows& rows, uint32_t (&b)[2][BT][4]) {
     UNROLL for (int half = 0; half < 2; half++) pair_rows<W, BT>(rows.at[half][0], rows.at[half][1], threadIdx.x / 4 % 2, b[half]);
   }
-  static __device__ __forceinline__ void multiply(float (&acc)[4][4], const uint4* fragments, const uint32_t (&b)[2][BT][4]) {
-    uint4 h[HT];
-    UNROLL for (int i = 0; i < HT; i++) h[i] = fragments[i * 32 + threadIdx.x % 32];
-    UNROLL for (int j = 0; j < 4; j++)
-      UNROLL for (int i = 0; i < HT; i++)
-        UNROLL for (int o = 0; o < BT; o++)
-          if (i + o < T::UP) mma(acc[j], h[i].x, h[i].y, h[i].z, h[i].w, b[0][o][j], b[1][o][j]);
+  static __device__ __forceinline__ void multiply(float (&acc)[4][4], const uint4* fragments, const uint32_t (&b)[2][BT][4], bool fine) {
+    UNROLL for (int order = 0; order < FINE; order++) {
+      if (order >= T::UP && !fine) break;
+      UNROLL for (int o = 0; o < BT; o++)
+        if (o <= order) {
+          uint4 h = fragments[(order - o) * 32 + threadIdx.x % 32];
+          UNROLL for (int j = 0; j < 4; j++) mma(acc[j], h.x, h.y, h.z, h.w, b[0][o][j], b[1][o][j]);
+        }
+    }
   }
   static __device__ __forceinline__ void put(const ForwardArgs& p, const float (&acc)[4][4], int64_t row0, int column0) {
     int lane = threadIdx.x % 32, column = column0 + 8 * (lane % 4);
@@ -169,11 +175,11 @@ template <class T, class W, int NR, int MT, bool VEC> struct Forward {
       }
       _Pragma("unroll 1") for (int mt = 0; mt < MT; mt++) {
         float acc[4][4] = {};
-        UNROLL for (int step = 0; step < STEPS; step++) multiply(acc, fragments + (mt * steps + step) * HT * 32, b[step]);
+        UNROLL for (int step = 0; step < STEPS; step++) multiply(acc, fragments + (mt * steps + step) * HT * 32, b[step], p.y_f32);
         if (!STEPS)
           for (int step = 0; step < steps; step++) {
             pack_b(read_b(p, column0, end(p), step), b[0]);
-            multiply(acc, fragments + (mt * steps + step) * HT * 32, b[0]);
+            multiply(acc, fragments + (mt * steps + step) * HT * 32, b[0], p.y_f32);
           }
         put(p, acc, row0 + 16 * mt, column0);
       }

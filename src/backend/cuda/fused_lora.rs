@@ -391,13 +391,9 @@ pub fn differentiate(
         call.up(x.view, Held::of(OP, "a", a)?.view, u_ptr, output.column_blocks, dx, add)?;
     }
     let (_, kept) = Mask::of(dropout);
-    call.reduce(
-        [
-            db.map(|to| (db_ptr, to, output.row_blocks, n, s as f32)),
-            da.map(|to| (da_ptr, to, input.row_blocks, k, kept)),
-        ],
-        add,
-    )
+    let db = db.map(|to| Parts { parts: db_ptr, to, count: output.row_blocks, columns: n, scale: s as f32 });
+    let da = da.map(|to| Parts { parts: da_ptr, to, count: input.row_blocks, columns: k, scale: kept });
+    call.reduce([db, da], add)
 }
 
 /// The shape of x with the last dimension `n`.
@@ -421,21 +417,22 @@ fn types(x: View, adapter: View) -> Result<&'static str> {
     }
 }
 
-/// bf16 terms of activations, of adapters, of f32 operands of y and dx, and 16-byte loads of 8 activations, by the kernels' name.
+/// bf16 terms of an f32 operand.
+const FINE: usize = 3;
+
+/// By the kernels' name: bf16 terms of the adapter, and 16-byte loads of 8 activations.
 fn terms(types: &str) -> Terms {
-    let of = |dtype| match dtype {
+    let (x, adapter) = types.split_once('_').unwrap_or((types, types));
+    let adapter = match adapter {
         "bf16" => 1,
         "f16" => 2,
-        _ => 3,
+        _ => FINE,
     };
-    let (x, adapter) = types.split_once('_').unwrap_or((types, types));
-    let up = if x == "f32" { 3 } else { 2 };
-    Terms { adapter: of(adapter), up, vectors: if x == "f32" { 2 } else { 1 } }
+    Terms { adapter, vectors: if x == "f32" { 2 } else { 1 } }
 }
 
 struct Terms {
     adapter: usize,
-    up: usize,
     vectors: usize,
 }
 
@@ -447,6 +444,15 @@ fn ranks(r: usize, vector: bool) -> usize {
         ..=32 if vector => 32,
         _ => MAX_RANKS,
     }
+}
+
+/// What the row blocks of a backward kernel left of a gradient, `[count, r, columns]`, and where `scale` times its sum goes.
+struct Parts {
+    parts: u64,
+    to: View,
+    count: usize,
+    columns: usize,
+    scale: f32,
 }
 
 /// The grid of a backward kernel over a matrix [m, columns].
@@ -559,11 +565,11 @@ impl Call<'_> {
         mut args: ForwardArgs,
     ) -> Result<()> {
         let (m, r, k, n) = (self.size.m, args.r as usize, args.k as usize, args.n as usize);
-        let Terms { adapter, up, vectors } = terms(types);
+        let Terms { adapter, vectors } = terms(types);
         let steps = if ranks <= 32 { ranks.div_ceil(16) } else { r.div_ceil(16) };
-        let fragments = tiles * steps * up * 512;
+        let fragments = tiles * steps * FINE * 512;
         let items = if vector { 2 * tiles * vectors * 512 } else { 0 };
-        let buffer = adapter * 32 * 16 * (ranks / 8 | 1);
+        let buffer = adapter * 32 * 16 * ((ranks / 8) | 1);
         let shared = |warps: usize, stages: usize| {
             fragments + (warps * (stages * items + buffer)).max(warps * 16 * tiles * ranks * 4)
         };
@@ -590,7 +596,7 @@ impl Call<'_> {
     /// Blocks of the backward kernels: as many as fill the GPU once, with 16 warps an SM.
     fn grid(&self, columns: usize, types: &'static str, r: usize) -> Result<Grid> {
         let ranks = [ranks(r.min(MAX_RANKS), true), ranks(r.min(MAX_RANKS), false)];
-        let Terms { adapter, vectors, .. } = terms(types);
+        let Terms { adapter, vectors } = terms(types);
         let most = ranks[0].max(ranks[1]);
         let fits = |warps: &usize| {
             let (tiles, stage) = (most.div_ceil(16), warps * 4 * vectors * 512);
@@ -622,7 +628,7 @@ impl Call<'_> {
         let Size { m, r, n, .. } = self.size;
         let vector = n.is_multiple_of(8) && g.aligned();
         let ranks = grid.ranks[!vector as usize];
-        let Terms { adapter, vectors, .. } = terms(grid.types);
+        let Terms { adapter, vectors } = terms(grid.types);
         let (rank_tiles, segment) = (ranks.div_ceil(16), segment(ranks));
         let pitch = grid.warps * WARP_COLUMNS * 2 + 64;
         let fixed = adapter * ranks * pitch + segment * rank_tiles * 3 * 512 + 2 * grid.warps * 16 * ranks * 4;
@@ -668,11 +674,11 @@ impl Call<'_> {
         let Size { m, k, r, .. } = self.size;
         let vector = grid.columns.is_multiple_of(8) && x.aligned() && dx.is_none_or(|dx| dx.aligned());
         let ranks = grid.ranks[!vector as usize];
-        let Terms { adapter, up, vectors } = terms(grid.types);
+        let Terms { adapter, vectors } = terms(grid.types);
         let (rank_tiles, segment) = (ranks.div_ceil(16), segment(ranks));
         let (mask, kept_scale) = Mask::of(self.dropout);
-        let left = segment * (rank_tiles * (3 + up) * 512 + 64 * 16 * rank_tiles);
-        let fixed = grid.warps * 2 * rank_tiles * adapter.min(up) * 1024 + left;
+        let left = segment * (rank_tiles * 2 * FINE * 512 + 64 * 16 * rank_tiles);
+        let fixed = grid.warps * 2 * rank_tiles * adapter * 1024 + left;
         let stage = if vector { grid.warps * 4 * vectors * 512 } else { 0 };
         let stages = self.stages(fixed, stage)?;
         for rank0 in (0..r).step_by(ranks) {
@@ -705,13 +711,13 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// dB and dA from their parts: (parts, sink, number of parts, columns, scale) each; dA's sink is transposed.
-    fn reduce(&self, work: [Option<(u64, View, usize, usize, f32)>; 2], add: bool) -> Result<()> {
+    /// dB and dA from their parts; dA's sink is transposed.
+    fn reduce(&self, work: [Option<Parts>; 2], add: bool) -> Result<()> {
         let mut args =
             ReduceArgs { r: self.size.r as i32, add: add as i32, transposed: [0, 1], ..ReduceArgs::default() };
         let mut blocks = 0;
         for (i, work) in work.into_iter().enumerate() {
-            let Some((parts, to, count, columns, scale)) = work else { continue };
+            let Some(Parts { parts, to, count, columns, scale }) = work else { continue };
             (args.parts[i], args.to[i], args.count[i]) = (parts, to.ptr, count as i32);
             (args.columns[i], args.scale[i]) = (columns as i32, scale);
             blocks = blocks.max((self.size.r * columns).div_ceil(256).min(8 * self.gpu.sms));
@@ -728,7 +734,7 @@ impl Call<'_> {
 fn segment(ranks: usize) -> usize {
     match ranks {
         ..=16 => 16,
-        ..=32 => 8,
+        17..=32 => 8,
         _ => 4,
     }
 }

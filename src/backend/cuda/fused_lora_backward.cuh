@@ -234,7 +234,7 @@ template <class T, class W, int NR, bool VEC> struct Output {
 
 template <class T, class W, int NR, bool VEC> struct Input {
   static constexpr int RANKS = 8 * NR, RANK_TILES = (NR + 1) / 2, SEGMENT = segment_tiles<NR>(), PITCH = 16 * RANK_TILES, XT = T::TERMS;
-  static constexpr int UT = T::UP, AT = least(W::TERMS, T::UP);
+  static constexpr int UT = FINE, AT = least(W::TERMS, FINE);
   typedef typename W::Raw A;
 
   // u of a segment's rows, zeros beyond the block's rows and the ranks. Four ranks at a time where r allows.
@@ -327,11 +327,13 @@ template <class T, class W, int NR, bool VEC> struct Input {
             uint4 u[UT];
             UNROLL for (int i = 0; i < UT; i++) u[i] = left_dx[segment_tile * LEFT + (tile * UT + i) * 32 + lane];
             UNROLL for (int o = 0; o < AT; o++) {
+              if (o >= T::UP && !p.dx_f32) break;
               const uint4* a = at + ((chunk * RANK_TILES + tile) * 2 * AT + o) * 32 + lane;
               uint4 b0 = a[0], b1 = a[AT * 32];
-              UNROLL for (int i = 0; i < UT; i++)
-                if (i + o < T::UP)
-                  UNROLL for (int j = 0; j < 4; j++) mma(acc[j], u[i].x, u[i].y, u[i].z, u[i].w, word(b0, j), word(b1, j));
+              UNROLL for (int i = 0; i < UT; i++) {
+                if (i + o >= T::UP && (i + o >= FINE || !p.dx_f32)) break;
+                UNROLL for (int j = 0; j < 4; j++) mma(acc[j], u[i].x, u[i].y, u[i].z, u[i].w, word(b0, j), word(b1, j));
+              }
             }
           }
           UNROLL for (int half = 0; half < 2; half++) {

@@ -191,9 +191,9 @@ fn product(device: &CudaDevice, left: Factor, right: Factor, to: Output) -> Resu
             set_desc(plan.desc, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.ptr)?
         };
     }
-    // SAFETY: the workspace is scratch of this stream.
     let workspace = match plan.workspace {
         0 => None,
+        // SAFETY: scratch, which cuBLASLt writes before it reads.
         size => Some(unsafe { device.alloc::<u8>(size) }?),
     };
     let workspace_ptr = workspace.as_ref().map_or(0, |workspace| super::device::address(workspace, &stream));

@@ -4,14 +4,23 @@
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
-use super::device::{Held, View, cuda_device, tensor, uninit};
+use super::device::{Held, View, cuda_device, empty, tensor, uninit};
 use super::fused_lora::{self, Size, with_last};
 use super::linear;
 use crate::Result;
 use crate::backend::custom_ops::fused_lora::Sink;
 use crate::backend::dropout::Dropout;
+use crate::backend::fallback;
 
 const OP: &str = "lora_linear";
+/// Elements of a matrix for which an f32 copy costs nothing.
+const SMALL: usize = 1 << 16;
+
+/// Whether the sum of base and adapter is made in f32 and rounded once. Else the adapter's part is rounded to x's dtype before
+/// the base's is added, which doubles the rounding error where the two cancel over a whole small matrix.
+pub(crate) fn in_f32(x: &Tensor, Size { m, k, n, .. }: Size) -> bool {
+    m > 0 && x.dtype() != DType::F32 && m * n <= SMALL && m * k <= SMALL && n * k <= SMALL
+}
 
 /// `(y, h)`; see `custom_ops::lora_linear::forward`.
 ///
@@ -29,9 +38,12 @@ pub fn forward(
     size: Size,
 ) -> Result<(Tensor, Tensor)> {
     let Size { m, k, r, n } = size;
-    if m == 0 || x.dtype() != w.dtype() {
-        // Summed in f32, rounded once.
-        let base = linear::forward(&x.to_dtype(DType::F32)?, w, bias, [m, k, n])?;
+    if m == 0 {
+        let device = cuda_device(OP, x)?;
+        return Ok((empty(device, with_last(x, n), x.dtype())?, empty(device, (0, r), DType::F32)?));
+    }
+    if x.dtype() != w.dtype() || in_f32(x, size) {
+        let base = linear::forward(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias, [m, k, n])?;
         let h = fused_lora::add_into(&base, x, a, b, s, dropout, size)?;
         return Ok((base.to_dtype(x.dtype())?, h));
     }
@@ -127,6 +139,18 @@ pub fn backward(
     sink: &Sink,
     add: bool,
 ) -> Result<()> {
+    if let Some(dx) = sink.dx
+        && dx.dtype() != DType::F32
+        && size.m > 0
+        && in_f32(x, size)
+    {
+        let sum = Tensor::zeros(dx.shape(), DType::F32, dx.device())?;
+        backward(x, w, a, b, h, g, s, dropout, size, &Sink { dx: Some(&sum), ..*sink }, add)?;
+        return match add {
+            true => fallback::accumulate(dx, &sum),
+            false => Ok(dx.detach().slice_set(&sum.to_dtype(dx.dtype())?, 0, 0)?),
+        };
+    }
     fused_lora::differentiate(x, a, b, h, g, s, dropout, size, sink, add)?;
     match sink.dx {
         Some(dx) if size.m > 0 => linear::input_gradient(w, g, dx, true, [size.m, size.k, size.n]),

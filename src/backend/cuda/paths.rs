@@ -40,6 +40,7 @@ pub fn paths() -> Vec<Path> {
             "a block a row, bound by latency",
             true,
         ),
+        path(LORA, ADAPTED, "the same with r 33 to 64", "the same, bound by the products' instructions", false),
         path(LORA, ADAPTED, "the same with r 65 to 256", "a pass over x for every 64 ranks", false),
         path(LORA, ADAPTED, "any other k, n or alignment", "tensor cores, element by element from memory", false),
         path(

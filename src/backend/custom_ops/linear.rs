@@ -124,7 +124,7 @@ pub fn backward(
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let size = Size::of(OP, x, w, bias)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && w.dtype() != x.dtype() {
+    if cuda::takes(x.device()) && size.m > 0 && w.dtype() != x.dtype() {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
         let y = linear(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias.as_ref())?;
         return Ok(y.to_dtype(x.dtype())?);

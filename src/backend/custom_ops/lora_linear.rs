@@ -112,8 +112,8 @@ pub fn lora_linear_with_dropout(
 ) -> Result<Tensor> {
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && w.dtype() != x.dtype() {
-        // Two dtypes meet in f32 on this device, as they do on the CPU.
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) && size.m > 0 && (w.dtype() != x.dtype() || cuda::lora_linear::in_f32(x, size.cuda()?)) {
         let [x32, w, a, b] = [x, &w, a, b].map(|tensor| tensor.to_dtype(DType::F32));
         let y = lora_linear_with_dropout(&x32?, &w?, bias.as_ref(), &a?, &b?, s, dropout)?;
         return Ok(y.to_dtype(x.dtype())?);
