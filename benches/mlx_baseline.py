@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """The work of benches/mlx_comparison.rs in MLX: the same shapes and dtype, every output evaluated in every call.
 
-`pip install mlx`, then `python3 benches/mlx_baseline.py`: one JSON line a shape, microseconds a call (median of the runs).
+`pip install mlx` (on Linux `mlx[cpu]` or `mlx[cuda]`), then `python3 benches/mlx_baseline.py`: one JSON line a shape, microseconds a call (the fastest run, as
+scripts/bench-report takes criterion's fastest sample: other work on a machine only adds time).
 MLX is lazy: without mx.eval in the timed loop nothing is computed.
 """
 
 import json
-import statistics
 import time
 
 import mlx.core as mx
@@ -30,7 +30,7 @@ def microseconds(call):
         for _ in range(CALLS):
             mx.eval(call())
         runs.append((time.perf_counter() - start) / CALLS * 1e6)
-    return statistics.median(runs)
+    return min(runs)
 
 
 def main():

@@ -7,13 +7,14 @@ pub struct Appointment {
     event: &'static str,
     with: &'static str,
     place: String,
-    day: &'static str,
+    /// Day of the month, month.
+    date: (u32, &'static str),
     /// Hour and minute, of 24 hours.
     time: (u32, u32),
     people: Option<usize>,
 }
 
-/// Which part of the names and places an appointment is drawn from.
+/// Which names and places an appointment is drawn from: no name and no place is in both `Seen` and `Unseen`.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Pool {
     All,
@@ -41,7 +42,20 @@ const EVENTS: [&str; 16] = [
     "rehearsal",
     "tour",
 ];
-const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
 const COUNTS: [&str; 13] =
     ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
 const NAMES: [&str; 96] = [
@@ -87,16 +101,25 @@ const SECOND: [&str; 24] = [
 
 impl Appointment {
     pub fn draw(rng: &mut fastrand::Rng, pool: Pool) -> Self {
-        let within = |rng: &mut fastrand::Rng, len: usize| match pool {
-            Pool::All => rng.usize(..len),
-            Pool::Seen => rng.usize(..len * 2 / 3),
-            Pool::Unseen => rng.usize(len * 2 / 3..len),
+        let held = |pool: Pool, index: usize| match pool {
+            Pool::All => true,
+            Pool::Seen => !index.is_multiple_of(4),
+            Pool::Unseen => index.is_multiple_of(4),
         };
+        let mut draw = |len: usize| loop {
+            let index = rng.usize(..len);
+            if held(pool, index) {
+                return index;
+            }
+        };
+        let (with, place) = (draw(NAMES.len()), draw(FIRST.len() * SECOND.len()));
+        // The second word moves on with the first, so that each word of a held-out place is also in places that are seen.
+        let (first, second) = (place / SECOND.len(), (place + place / SECOND.len()) % SECOND.len());
         Self {
             event: EVENTS[rng.usize(..EVENTS.len())],
-            with: NAMES[within(rng, NAMES.len())],
-            place: format!("{} {}", FIRST[within(rng, FIRST.len())], SECOND[within(rng, SECOND.len())]),
-            day: DAYS[rng.usize(..DAYS.len())],
+            with: NAMES[with],
+            place: format!("{} {}", FIRST[first], SECOND[second]),
+            date: (rng.u32(1..29), MONTHS[rng.usize(..MONTHS.len())]),
             time: (rng.u32(7..23), 15 * rng.u32(..4)),
             people: if rng.usize(..4) > 0 { Some(rng.usize(2..13)) } else { None },
         }
@@ -104,18 +127,18 @@ impl Appointment {
 
     /// The record that the demo's fine-tuning teaches.
     pub fn record(&self) -> String {
-        let Self { event, with, place, day, people, .. } = self;
+        let Self { event, with, place, people, .. } = self;
         let people = people.map_or("null".to_string(), |people| people.to_string());
-        let time = self.clock();
+        let (date, time) = (self.date(), self.clock());
         format!(
-            r#"{{"event": "{event}", "with": "{with}", "place": "{place}", "day": "{day}", "time": "{time}", "people": {people}}}"#
+            r#"{{"event": "{event}", "with": "{with}", "place": "{place}", "date": "{date}", "time": "{time}", "people": {people}}}"#
         )
     }
 
     /// A sentence that tells all of it, in one of many wordings.
     pub fn sentence(&self, rng: &mut fastrand::Rng) -> String {
-        let Self { event, with, place, day, .. } = self;
-        let time = self.spoken(rng);
+        let Self { event, with, place, .. } = self;
+        let (date, time) = (self.date(), self.spoken(rng));
         let party = match self.people {
             None => String::new(),
             Some(people) => {
@@ -133,10 +156,10 @@ impl Appointment {
         let article = if rng.bool() { "the " } else { "" };
         let place = format!("{at} {article}{place}");
         let when = match rng.u8(..4) {
-            0 => format!("on {day} at {time}"),
-            1 => format!("{day} {time}"),
-            2 => format!("at {time} on {day}"),
-            _ => format!("{day} at {time}"),
+            0 => format!("on {date} at {time}"),
+            1 => format!("{date} {time}"),
+            2 => format!("at {time} on {date}"),
+            _ => format!("{date} at {time}"),
         };
         match rng.u8(..14) {
             0 => format!("{} with {with} {place} {when}{party}.", capital(event)),
@@ -158,13 +181,13 @@ impl Appointment {
 
     /// How the base model confirms a sentence.
     pub fn confirmation(&self, rng: &mut fastrand::Rng) -> String {
-        let Self { event, with, place, day, .. } = self;
-        let time = self.clock();
+        let Self { event, with, place, .. } = self;
+        let (date, time) = (self.date(), self.clock());
         let people = self.people.map_or(String::new(), |people| format!(" It is for {people}."));
         match rng.u8(..3) {
-            0 => format!("Noted: {event} with {with}, {place}, {day} {time}.{people}"),
-            1 => format!("Done. The {event} with {with} is {day} {time}, {place}.{people}"),
-            _ => format!("I wrote down the {event} {day} {time} with {with}, {place}.{people}"),
+            0 => format!("Noted: {event} with {with}, {place}, {date} {time}.{people}"),
+            1 => format!("Done. The {event} with {with} is {date} {time}, {place}.{people}"),
+            _ => format!("I wrote down the {event} {date} {time} with {with}, {place}.{people}"),
         }
     }
 
@@ -180,10 +203,14 @@ impl Appointment {
             ("event", self.event.to_string()),
             ("with", self.with.to_string()),
             ("place", self.place.clone()),
-            ("day", self.day.to_string()),
+            ("date", self.date()),
             ("time", self.clock()),
             ("people", people),
         ]
+    }
+
+    fn date(&self) -> String {
+        format!("{} {}", self.date.0, self.date.1)
     }
 
     fn clock(&self) -> String {
@@ -218,7 +245,7 @@ pub fn object(rng: &mut fastrand::Rng) -> (String, &'static str, String) {
             3 => json!(NAMES[rng.usize(..NAMES.len())]),
             4 => json!(WORDS[rng.usize(..WORDS.len())]),
             5 => json!(EVENTS[rng.usize(..EVENTS.len())]),
-            _ => json!(DAYS[rng.usize(..DAYS.len())]),
+            _ => json!(MONTHS[rng.usize(..MONTHS.len())]),
         })
         .collect();
     let members: Vec<String> = keys.iter().zip(&values).map(|(key, value)| format!("\"{key}\": {value}")).collect();

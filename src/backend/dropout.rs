@@ -26,14 +26,15 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 /// [`philox`] of N counters, word by word.
 #[inline(always)]
 fn philox_many<const N: usize>(words: &mut [[u32; N]; 4], mut key: [u32; 2]) {
+    let [a, b, c, d] = words;
     for _ in 0..10 {
         for lane in 0..N {
-            let first = 0xD251_1F53_u64 * words[0][lane] as u64;
-            let second = 0xCD9E_8D57_u64 * words[2][lane] as u64;
-            words[0][lane] = (second >> 32) as u32 ^ words[1][lane] ^ key[0];
-            words[1][lane] = second as u32;
-            words[2][lane] = (first >> 32) as u32 ^ words[3][lane] ^ key[1];
-            words[3][lane] = first as u32;
+            let first = 0xD251_1F53_u64 * a[lane] as u64;
+            let second = 0xCD9E_8D57_u64 * c[lane] as u64;
+            a[lane] = (second >> 32) as u32 ^ b[lane] ^ key[0];
+            b[lane] = second as u32;
+            c[lane] = (first >> 32) as u32 ^ d[lane] ^ key[1];
+            d[lane] = first as u32;
         }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
@@ -81,13 +82,12 @@ impl Dropout {
             simd(
                 #[inline(always)]
                 || {
-                    let mut words = [[0_u32; BLOCKS]; 4];
-                    for lane in 0..BLOCKS {
+                    let stream = [self.stream as u32, (self.stream >> 32) as u32];
+                    let mut words = [[0; BLOCKS], [0; BLOCKS], [stream[0]; BLOCKS], [stream[1]; BLOCKS]];
+                    let [low, high, ..] = &mut words;
+                    for (lane, (low, high)) in low.iter_mut().zip(high).enumerate() {
                         let block = block + lane as u64;
-                        words[0][lane] = block as u32;
-                        words[1][lane] = (block >> 32) as u32;
-                        words[2][lane] = self.stream as u32;
-                        words[3][lane] = (self.stream >> 32) as u32;
+                        (*low, *high) = (block as u32, (block >> 32) as u32);
                     }
                     philox_many(&mut words, key);
                     for (lane, four) in chunk.as_chunks_mut::<4>().0.iter_mut().enumerate() {

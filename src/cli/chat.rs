@@ -13,7 +13,7 @@ use super::generate::{print, speed};
 use super::model::{ModelArgs, SamplingArgs};
 use super::train::interrupt_flag;
 
-/// Talk with a model.
+/// Talk with a model
 ///
 /// A line is a turn. /clear begins anew, /exit or the end of the input ends; Ctrl-C breaks an answer off.
 #[derive(Args)]

@@ -35,7 +35,7 @@ const CONFIG: &str = include_str!("../../assets/demo/train.yaml");
 
 /// Answers that are shown before and after.
 const SHOWN: usize = 3;
-const TRY: &str = "Lunch with Thea at the Maple Castle on Monday at 12:30 pm, six of us.";
+const TRY: &str = "Lunch with Thea at the Maple Castle on 12 May at 12:30 pm, six of us.";
 
 /// The demo's own settings, with `flags` over them.
 pub fn settings(flags: Map<String, Value>) -> Result<Settings> {

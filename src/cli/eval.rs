@@ -11,7 +11,7 @@ use metal_candle::training::trainer::evaluate;
 use super::Outcome;
 use super::model::ModelArgs;
 
-/// Measure a model on data: loss, perplexity and, on request, exact match.
+/// Measure a model on data: loss, perplexity, exact match
 #[derive(Args)]
 pub struct Eval {
     /// A folder with train.jsonl, valid.jsonl or test.jsonl, or a JSONL file

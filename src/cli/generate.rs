@@ -11,7 +11,7 @@ use metal_candle::{Error, Result};
 use super::Outcome;
 use super::model::{ModelArgs, SamplingArgs};
 
-/// Answer a prompt.
+/// Answer a prompt
 ///
 /// The prompt goes through the model's chat template where it has one. The answer goes to standard output as it comes.
 #[derive(Args)]

@@ -2,13 +2,13 @@
 
 use candle_core::DType;
 use clap::Args;
+use metal_candle::backend::cuda;
 use metal_candle::models::ModelFiles;
 use metal_candle::training::adapter::AdapterFile;
 
 use super::Outcome;
-use super::device::DeviceKind;
 
-/// Tell what this program can do on this machine, and what a model or an adapter is.
+/// Tell what this program can do here, and what a model or an adapter is
 #[derive(Args)]
 pub struct Info {
     /// A folder, a GGUF file, or the name of a model on the hub
@@ -39,15 +39,20 @@ fn machine() {
     row("version", env!("CARGO_PKG_VERSION"));
     row("threads", &rayon::current_num_threads().to_string());
     row("vectors", vectors());
-    for kind in [DeviceKind::Cpu, DeviceKind::Cuda, DeviceKind::Metal] {
-        let state = match kind.open() {
-            Ok(_) => "trains and generates".to_string(),
-            Err(error) => error.to_string(),
-        };
-        row(&format!("{kind:?}").to_lowercase(), &state);
-    }
+    row("cpu", "trains and generates");
+    let cuda = cuda::check(0).map(|()| "runs the LoRA ops; models run on the CPU".to_string());
+    row("cuda", &cuda.unwrap_or_else(|error| error.to_string()));
+    let metal = cfg!(all(target_vendor = "apple", feature = "custom-metal"));
+    row(
+        "metal",
+        if metal { "runs the LoRA ops; models run on the CPU" } else { "this program was built without Metal" },
+    );
     let strict = std::env::var("METAL_CANDLE_STRICT").is_ok_and(|value| !value.is_empty() && value != "0");
     row("fallbacks", if strict { "are errors (METAL_CANDLE_STRICT)" } else { "warn once" });
+    println!("\nWhat runs on CUDA (+ the fast way, - a slower one):");
+    for cuda::Path { op, dtypes, shapes, kernel, fast } in cuda::paths() {
+        println!("{} {op}: {kernel}\n    {dtypes}; {shapes}", if fast { '+' } else { '-' });
+    }
 }
 
 fn vectors() -> &'static str {

@@ -27,17 +27,13 @@ struct Cli {
     command: Command,
 }
 
+// Each is described by its own struct.
 #[derive(Subcommand)]
 enum Command {
-    /// Fine-tune a model; without arguments, the one that ships with the program
     Train(Box<train::Train>),
-    /// Answer a prompt
     Generate(Box<generate::Generate>),
-    /// Talk with a model
     Chat(Box<chat::Chat>),
-    /// Measure a model on data: loss, perplexity, exact match
     Eval(Box<eval::Eval>),
-    /// Tell what this program can do here, and what a model or an adapter is
     Info(info::Info),
 }
 

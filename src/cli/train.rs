@@ -20,7 +20,7 @@ use super::display::Display;
 use super::settings::Settings;
 use super::{Outcome, demo};
 
-/// Fine-tune a model with LoRA.
+/// Fine-tune a model; without arguments, the one that ships with the program
 ///
 /// Every option but --config and --dry-run can stand in the configuration file under its name with `_` for `-`; a flag
 /// goes over the file, the file over the default. A step takes batch-size · grad-accumulation-steps rows.
@@ -285,7 +285,7 @@ fn load_splits(
     let mut splits = BTreeMap::new();
     for name in ["train", "valid", "test"].into_iter().filter(|name| test || *name != "test") {
         let Some(path) = dataset::split(data, name) else { continue };
-        let loaded = Dataset::load(&[path.clone()], &model.tokenizer, options)?;
+        let loaded = Dataset::load(std::slice::from_ref(&path), &model.tokenizer, options)?;
         display.dataset(&path, &loaded.report);
         splits.insert(name, loaded);
     }

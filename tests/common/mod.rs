@@ -46,11 +46,11 @@ pub fn random(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// The same values in a tensor whose last dimension has stride 2; between them lies NaN.
+/// The same values in a tensor whose last dimension has stride 2, from an offset of 1; between them lies NaN.
 pub fn strided(tensor: &Tensor) -> Tensor {
     let junk = nan(tensor.dims(), tensor);
     let last = tensor.rank();
-    let view = Tensor::stack(&[tensor, &junk], last).unwrap().narrow(last, 0, 1).unwrap().squeeze(last).unwrap();
+    let view = Tensor::stack(&[&junk, tensor], last).unwrap().narrow(last, 1, 1).unwrap().squeeze(last).unwrap();
     assert!(tensor.elem_count() < 2 || !view.is_contiguous());
     view
 }

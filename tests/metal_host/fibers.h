@@ -9,9 +9,6 @@
 #include <cstdlib>
 #include <numeric>
 #include <vector>
-#ifdef __APPLE__
-#define _XOPEN_SOURCE 600
-#endif
 #include <ucontext.h>
 
 namespace host {

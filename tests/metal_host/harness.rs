@@ -189,6 +189,10 @@ fn compiler(folder: &Path, text: &str) -> Command {
 
 fn host_arguments(command: &mut Command, kernels: &Path) {
     command.args(["-Wall", "-Werror", "-Wno-unknown-pragmas"]);
+    if cfg!(target_vendor = "apple") {
+        // ucontext.h is there, but deprecated and behind a switch.
+        command.args(["-D_XOPEN_SOURCE=600", "-D_DARWIN_C_SOURCE", "-Wno-deprecated-declarations"]);
+    }
     command.arg(format!("-DKERNELS=\"{}\"", kernels.display()));
     command.arg(format!("-I{FOLDER}/msl")).arg(format!("{FOLDER}/host.cpp"));
 }

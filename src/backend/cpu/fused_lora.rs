@@ -15,6 +15,8 @@ use crate::backend::dropout::Dropout;
 
 /// Multiplications of a task: a few microseconds' work.
 const TASK: usize = 1 << 17;
+/// Up to this many multiplications of a call stay on the calling thread: waking others takes longer.
+const ALONE: usize = 1 << 20;
 /// Elements of dA and dB that all tiles of backward hold together (8 MiB), but at least four tiles'.
 const SHARES: usize = 1 << 21;
 /// The least rows of a tile in backward: adding up the shares of smaller ones takes longer than making them.
@@ -75,11 +77,15 @@ impl<'a> Lora<'a> {
     pub fn add_delta_keeping_h(&self, y: &mut [f32]) -> Vec<f32> {
         let (a, rows) = (self.packed_a(), self.rows());
         let mut h = vec![0.0; self.m * self.r];
-        let tiles = y.par_chunks_mut(rows * self.n).zip(h.par_chunks_mut(rows * self.r));
-        tiles.enumerate().for_each(|(tile, (y, h))| {
+        let tile = |(tile, (y, h)): (usize, (&mut [f32], &mut [f32]))| {
             project(&self.dropped(tile * rows, h.len() / self.r), &a, h);
             expand(h, &self.sb, self.r, y, true);
-        });
+        };
+        if self.work() <= ALONE {
+            y.chunks_mut(rows * self.n).zip(h.chunks_mut(rows * self.r)).enumerate().for_each(tile);
+        } else {
+            y.par_chunks_mut(rows * self.n).zip(h.par_chunks_mut(rows * self.r)).enumerate().for_each(tile);
+        }
         h
     }
 
@@ -148,12 +154,22 @@ impl<'a> Lora<'a> {
 
     fn tiles(&self, y: &mut [f32], keep: bool) {
         let (a, rows) = (self.packed_a(), self.rows());
-        y.par_chunks_mut(rows * self.n).enumerate().for_each(|(tile, y)| {
+        let tile = |(tile, y): (usize, &mut [f32])| {
             let count = y.len() / self.n;
             let mut h = vec![0.0; count * self.r];
             project(&self.dropped(tile * rows, count), &a, &mut h);
             expand(&h, &self.sb, self.r, y, keep);
-        });
+        };
+        if self.work() <= ALONE {
+            y.chunks_mut(rows * self.n).enumerate().for_each(tile);
+        } else {
+            y.par_chunks_mut(rows * self.n).enumerate().for_each(tile);
+        }
+    }
+
+    /// Multiplications of the delta.
+    fn work(&self) -> usize {
+        self.m * (self.k + self.n) * self.r
     }
 
     /// Rows of a task, a multiple of the eight that the kernels take at once.

@@ -3,6 +3,10 @@
 //! [`project`] `[m, k] · [k, r]`, [`expand`] `[m, r] · [r, n]`, [`reduce`] `[m, r]ᵀ · [m, n]`. Each output element is one sum in
 //! the order of its index, so how the rows are split over tasks does not change a bit.
 
+// Indexed loops of constant length are unrolled, which keeps the sums in registers; iterators over arrays are not, and
+// iterators over chunks stay calls in the inner loops.
+#![allow(clippy::needless_range_loop)]
+
 use pulp::{Simd, WithSimd};
 
 use super::arch;
@@ -67,12 +71,26 @@ pub fn project(x: &[f32], a: &Packed, h: &mut [f32]) {
         h: &mut [f32],
         columns: &std::ops::Range<usize>,
     ) {
+        // So many values of a row are taken at once, which leaves one check of bounds for all of them.
+        const STEP: usize = 8;
         let (k, r) = (x.len() / R, h.len() / R);
-        let x: [&[f32]; R] = std::array::from_fn(|i| &x[i * k..][..k]);
+        let x: [(&[[f32; STEP]], &[f32]); R] = std::array::from_fn(|i| x[i * k..][..k].as_chunks());
         let mut sums = [simd.splat_f32s(0.0); R];
-        for (p, &a) in panel[..k].iter().enumerate() {
-            for (sum, x) in sums.iter_mut().zip(x) {
-                *sum = simd.mul_add_f32s(simd.splat_f32s(x[p]), a, *sum);
+        let (whole, rest) = panel[..k].as_chunks::<STEP>();
+        for (step, a) in whole.iter().enumerate() {
+            let mut values = [&x[0].0[step]; R];
+            for i in 1..R {
+                values[i] = &x[i].0[step];
+            }
+            for p in 0..STEP {
+                for i in 0..R {
+                    sums[i] = simd.mul_add_f32s(simd.splat_f32s(values[i][p]), a[p], sums[i]);
+                }
+            }
+        }
+        for (p, &a) in rest.iter().enumerate() {
+            for i in 0..R {
+                sums[i] = simd.mul_add_f32s(simd.splat_f32s(x[i].1[p]), a, sums[i]);
             }
         }
         for (h, sum) in h.chunks_exact_mut(r).zip(sums) {
@@ -132,19 +150,20 @@ pub fn expand(h: &[f32], b: &[f32], r: usize, y: &mut [f32], keep: bool) {
         let n = b.len() / r;
         let h: [&[f32]; R] = std::array::from_fn(|i| &h[i * r..][..r]);
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for (q, b) in b.chunks_exact(n).enumerate() {
-            let (b, _) = S::as_simd_f32s(&b[column..][..V * S::F32_LANES]);
-            for (sums, h) in sums.iter_mut().zip(h) {
-                let h = simd.splat_f32s(h[q]);
+        for q in 0..r {
+            let (b, _) = S::as_simd_f32s(&b[q * n + column..][..V * S::F32_LANES]);
+            let b = &b[..V];
+            for i in 0..R {
+                let h = simd.splat_f32s(h[i][q]);
                 for v in 0..V {
-                    sums[v] = simd.mul_add_f32s(h, b[v], sums[v]);
+                    sums[i][v] = simd.mul_add_f32s(h, b[v], sums[i][v]);
                 }
             }
         }
-        for (y, sums) in y.chunks_exact_mut(n).zip(sums) {
-            let (y, _) = S::as_mut_simd_f32s(&mut y[column..][..V * S::F32_LANES]);
+        for i in 0..R {
+            let (y, _) = S::as_mut_simd_f32s(&mut y[i * n + column..][..V * S::F32_LANES]);
             for v in 0..V {
-                y[v] = if keep { simd.add_f32s(y[v], sums[v]) } else { sums[v] };
+                y[v] = if keep { simd.add_f32s(y[v], sums[i][v]) } else { sums[i][v] };
             }
         }
     }
@@ -203,20 +222,20 @@ pub fn reduce(h: &[f32], g: &[f32], r: usize, d: &mut [f32]) {
     ) {
         let n = d.len() / Q;
         let mut sums = [[simd.splat_f32s(0.0); V]; Q];
-        for (h, g) in h.chunks_exact(r).zip(g.chunks_exact(n)) {
-            let (g, _) = S::as_simd_f32s(&g[column..][..V * S::F32_LANES]);
-            let h = &h[q..][..Q];
-            for (sums, &h) in sums.iter_mut().zip(h) {
-                let h = simd.splat_f32s(h);
+        for row in 0..h.len() / r {
+            let (g, _) = S::as_simd_f32s(&g[row * n + column..][..V * S::F32_LANES]);
+            let (g, h) = (&g[..V], &h[row * r + q..][..Q]);
+            for i in 0..Q {
+                let h = simd.splat_f32s(h[i]);
                 for v in 0..V {
-                    sums[v] = simd.mul_add_f32s(h, g[v], sums[v]);
+                    sums[i][v] = simd.mul_add_f32s(h, g[v], sums[i][v]);
                 }
             }
         }
-        for (d, sums) in d.chunks_exact_mut(n).zip(sums) {
-            let (d, _) = S::as_mut_simd_f32s(&mut d[column..][..V * S::F32_LANES]);
+        for i in 0..Q {
+            let (d, _) = S::as_mut_simd_f32s(&mut d[i * n + column..][..V * S::F32_LANES]);
             for v in 0..V {
-                d[v] = simd.add_f32s(d[v], sums[v]);
+                d[v] = simd.add_f32s(d[v], sums[i][v]);
             }
         }
     }

@@ -5,9 +5,6 @@ use candle_core::{DType, Tensor};
 use crate::backend::fallback::device_name;
 use crate::{Error, Result};
 
-/// Why an op runs as a composite off the CPU.
-pub(super) const NO_KERNEL: &str = "this build has no kernel for it on this device";
-
 /// f32, f16 or bf16.
 pub(super) fn float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
     float_dtype(op, name, tensor.dtype())

@@ -1,8 +1,9 @@
 //! A frozen linear layer with its adapter: `y = x Wᵀ + bias + s · (drop(x) A) B`.
 //!
-//! Shapes and dtypes are those of [`linear`](mod@super::linear) and [`fused_lora`](mod@super::fused_lora); y is rounded to x's dtype once. With
+//! Shapes and dtypes are those of [`mod@super::linear`] and [`mod@super::fused_lora`]; y is rounded to x's dtype once. With
 //! h = drop(x) A and u = s · g Bᵀ: `dx = g W + drop(u Aᵀ)`, `dA = drop(x)ᵀ u`, `dB = s · hᵀ g`. W and bias are frozen: their
 //! gradients are never computed.
+//! On CUDA, f16 and bf16 sums over large matrices round the adapter's part before the base's is added.
 
 use std::sync::OnceLock;
 

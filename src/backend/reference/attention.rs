@@ -71,17 +71,17 @@ pub fn backward(q: &[f64], k: &[f64], v: &[f64], g: &[f64], problem: &Problem) -
     for s in &problem.sequences {
         for head in 0..problem.q_heads {
             let (p, _) = problem.probabilities(q, k, s, head);
-            for i in 0..s.q_len {
+            for (i, p) in p.iter().enumerate() {
                 let row = problem.q_at(s, i, head);
                 let key = |j| problem.k_at(s, j, head);
                 let dp: Vec<f64> = (0..s.k_len).map(|j| dot(&g[row..], &v[key(j)..], dim)).collect();
-                let mean: f64 = dot(&p[i], &dp, s.k_len);
+                let mean: f64 = dot(p, &dp, s.k_len);
                 for j in 0..s.k_len {
-                    let ds = problem.scale * p[i][j] * (dp[j] - mean);
+                    let ds = problem.scale * p[j] * (dp[j] - mean);
                     for d in 0..dim {
                         dq[row + d] += ds * k[key(j) + d];
                         dk[key(j) + d] += ds * q[row + d];
-                        dv[key(j) + d] += p[i][j] * g[row + d];
+                        dv[key(j) + d] += p[j] * g[row + d];
                     }
                 }
             }
