@@ -188,7 +188,18 @@ template <class T, class W> void types(const char* name) {
   check<T, W, 8, 1, false>(name, {19, 35, 131, 67}, false, false, false, 2, 1);
 }
 
+// Known answer of Random123 (kat_vectors, philox4x32 10), as in src/backend/dropout.rs.
+static void check_philox() {
+  uint4 words = philox(0, {0, 0, 0, 1});
+  cases++;
+  if (words.x != 0x6627e8d5 || words.y != 0xe169c58d || words.z != 0xbc57ac4c || words.w != 0x9b00dbd8) {
+    failures++;
+    printf("FAILED philox\n");
+  }
+}
+
 int main() {
+  check_philox();
   types<Bf16, Bf16>("bf16");
   types<Bf16, F32>("bf16, f32 adapter");
   types<F16, F16>("f16");
