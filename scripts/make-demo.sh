@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes assets/demo again: the texts, the tokenizer, and the base model, trained by this program from random weights (a quarter
-# of an hour on two cores). The same processor gives the same bytes; another one the same but for rounding.
+# of an hour on two cores). Every draw comes from fixed seeds; another processor, or a changed kernel, rounds otherwise and gives
+# another base of the same kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-$(mktemp -d)}
