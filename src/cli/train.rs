@@ -222,8 +222,8 @@ pub fn run(settings: &Settings, interrupted: &AtomicBool) -> Result<Summary, Box
         model.check_can_save()?;
     }
     let data = run.data.as_deref().ok_or_else(|| missing("data"))?;
-    let options = DatasetOptions { max_seq_length: run.max_seq_length, mask_prompt: run.mask_prompt };
-    check_length(&model, run.max_seq_length)?;
+    let options =
+        DatasetOptions { max_seq_length: row_length(&model, run.max_seq_length), mask_prompt: run.mask_prompt };
     let mut display = Display::new(&run.adapter_path)?;
     let splits = load_splits(data, &model, &options, &mut display, run.test)?;
     let train = splits.get("train").ok_or_else(|| Error::file(data, "has no train.jsonl"))?;
@@ -264,12 +264,13 @@ pub fn interrupt_flag(message: Option<&'static str>) -> Arc<AtomicBool> {
     flag
 }
 
-fn check_length(model: &ModelFiles, length: usize) -> Result<()> {
+/// Rows are cut at the model's context where `max_seq_length` is over it.
+fn row_length(model: &ModelFiles, length: usize) -> usize {
     let limit = model.config.max_position_embeddings;
     if length > limit {
-        tracing::info!("max_seq_length {length} is over the model's {limit} positions");
+        tracing::warn!("max_seq_length {length} is over the model's context: rows are cut at {limit} tokens");
     }
-    Ok(())
+    length.min(limit)
 }
 
 fn load_splits(

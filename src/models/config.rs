@@ -147,6 +147,13 @@ impl Reader<'_> {
         }
     }
 
+    fn token_ids(&mut self, key: &'static str) -> Vec<u32> {
+        token_ids(key, self.map.get(key)).unwrap_or_else(|problem| {
+            self.problems.push(problem);
+            Vec::new()
+        })
+    }
+
     fn flag_or(&mut self, key: &'static str, default: bool) -> bool {
         let Some(value) = self.value(key).map(|value| (value.as_bool(), value.to_string())) else { return default };
         value.0.unwrap_or_else(|| {
@@ -165,7 +172,9 @@ impl ModelConfig {
         let mut config = Self::from_value(path, &read_json(path)?)?;
         let generation = path.with_file_name("generation_config.json");
         if generation.exists() {
-            for id in token_ids(read_json(&generation)?.get("eos_token_id")) {
+            let json = read_json(&generation)?;
+            let ids = token_ids("eos_token_id", json.get("eos_token_id"));
+            for id in ids.map_err(|problem| Error::file(&generation, problem))? {
                 if !config.eos_token_ids.contains(&id) {
                     config.eos_token_ids.push(id);
                 }
@@ -213,8 +222,8 @@ impl ModelConfig {
             qk_norm,
             sliding_window: None,
             sliding_window_from_layer: 0,
-            eos_token_ids: token_ids(map.get("eos_token_id")),
-            bos_token_id: token_ids(map.get("bos_token_id")).first().copied(),
+            eos_token_ids: reader.token_ids("eos_token_id"),
+            bos_token_id: reader.token_ids("bos_token_id").first().copied(),
             model_type,
             hidden_size,
             num_layers,
@@ -418,12 +427,33 @@ pub(super) fn read_json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))
 }
 
-/// A token's id or a list of them.
-fn token_ids(value: Option<&Value>) -> Vec<u32> {
+/// A token's id, a list of them, or nothing.
+fn token_ids(key: &str, value: Option<&Value>) -> Result<Vec<u32>, String> {
     let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(ids)) => ids.iter().filter_map(one).collect(),
-        Some(value) => one(value).into_iter().collect(),
-        None => Vec::new(),
+    let ids = match value {
+        Some(Value::Array(ids)) => ids.iter().map(one).collect(),
+        Some(Value::Null) | None => Some(Vec::new()),
+        Some(value) => one(value).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| format!("{key} is {}; it must be a token's id or a list of them", value.unwrap_or(&Value::Null)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_that_are_no_ids_are_refused_by_name() {
+        let config = |eos: Value| {
+            let json = serde_json::json!({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "vocab_size": 10, "intermediate_size": 8, "eos_token_id": eos});
+            ModelConfig::from_value("config.json".as_ref(), &json)
+        };
+        assert_eq!(config(serde_json::json!([2, 5])).unwrap().eos_token_ids, [2, 5]);
+        assert!(config(Value::Null).unwrap().eos_token_ids.is_empty());
+        for bad in [serde_json::json!("</s>"), serde_json::json!([2, -1]), serde_json::json!(1.5)] {
+            let message = config(bad).unwrap_err().to_string();
+            assert!(message.contains("eos_token_id"), "{message}");
+        }
     }
 }
