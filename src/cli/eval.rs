@@ -10,6 +10,7 @@ use metal_candle::training::trainer::evaluate;
 
 use super::Outcome;
 use super::model::ModelArgs;
+use super::train::row_length;
 
 /// Measure a model on data: loss, perplexity, exact match
 #[derive(Args)]
@@ -50,7 +51,8 @@ impl Eval {
         }
         let path = self.file()?;
         let (files, decoder) = self.model.open()?;
-        let options = DatasetOptions { max_seq_length: self.max_seq_length, mask_prompt: self.mask_prompt };
+        let options =
+            DatasetOptions { max_seq_length: row_length(&files, self.max_seq_length), mask_prompt: self.mask_prompt };
         let data = Dataset::load(std::slice::from_ref(&path), &files.tokenizer, &options)?;
         for warning in data.report.warnings() {
             eprintln!("note: {warning}");

@@ -265,7 +265,7 @@ pub fn interrupt_flag(message: Option<&'static str>) -> Arc<AtomicBool> {
 }
 
 /// Rows are cut at the model's context where `max_seq_length` is over it.
-fn row_length(model: &ModelFiles, length: usize) -> usize {
+pub fn row_length(model: &ModelFiles, length: usize) -> usize {
     let limit = model.config.max_position_embeddings;
     if length > limit {
         tracing::warn!("max_seq_length {length} is over the model's context: rows are cut at {limit} tokens");
