@@ -14,15 +14,18 @@ use candle_core::{CudaStorage, DType, Device, Layout, Shape, Storage, Tensor};
 use super::linear::Products;
 use crate::{Error, Result};
 
-const FORWARD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin"));
-const BACKWARD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin"));
+/// The compiled sources, in the order of [`Module`].
+const IMAGES: [&[u8]; 2] = [
+    include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin")),
+];
 const MAX_GPUS: usize = 64;
 
 /// One GPU.
 pub(super) struct Gpu {
     /// Keeps the primary context, and with it the modules, to the end of the process.
     context: Arc<CudaContext>,
-    modules: [sys::CUmodule; 2],
+    modules: [sys::CUmodule; IMAGES.len()],
     functions: RwLock<HashMap<Kernel, sys::CUfunction>>,
     /// Multiprocessors.
     pub sms: usize,
@@ -38,6 +41,13 @@ unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
 
+/// A source file of kernels, as `build.rs` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Module {
+    FusedLora,
+    FusedLoraBackward,
+}
+
 /// A kernel's name, as an instance's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
@@ -46,6 +56,8 @@ pub(super) enum Kernel {
     Output { types: &'static str, ranks: usize, vector: bool },
     Input { types: &'static str, ranks: usize, vector: bool },
     Reduce,
+    /// A kernel by its name. It may use the device's whole shared memory.
+    Named(Module, &'static str),
 }
 
 impl Kernel {
@@ -56,16 +68,21 @@ impl Kernel {
     }
 
     /// Module and name, as `fused_lora.cu` and `fused_lora_backward.cu` have them.
-    fn name(self) -> (usize, String) {
+    fn name(self) -> (Module, String) {
         let way = |vector| if vector { "v" } else { "s" };
         match self {
             Self::Forward { types, ranks, tiles, vector } => {
-                (0, format!("lora_forward_{types}_{}_{tiles}_{}", ranks / 8, way(vector)))
+                (Module::FusedLora, format!("lora_forward_{types}_{}_{tiles}_{}", ranks / 8, way(vector)))
             }
-            Self::Short { types, ranks } => (0, format!("lora_short_{types}_{ranks}")),
-            Self::Output { types, ranks, vector } => (1, format!("lora_output_{types}_{}_{}", ranks / 8, way(vector))),
-            Self::Input { types, ranks, vector } => (1, format!("lora_input_{types}_{}_{}", ranks / 8, way(vector))),
-            Self::Reduce => (1, "lora_reduce".to_string()),
+            Self::Short { types, ranks } => (Module::FusedLora, format!("lora_short_{types}_{ranks}")),
+            Self::Output { types, ranks, vector } => {
+                (Module::FusedLoraBackward, format!("lora_output_{types}_{}_{}", ranks / 8, way(vector)))
+            }
+            Self::Input { types, ranks, vector } => {
+                (Module::FusedLoraBackward, format!("lora_input_{types}_{}_{}", ranks / 8, way(vector)))
+            }
+            Self::Reduce => (Module::FusedLoraBackward, "lora_reduce".to_string()),
+            Self::Named(module, name) => (module, name.to_string()),
         }
     }
 }
@@ -111,7 +128,7 @@ impl Gpu {
         keep_pool(context)?;
         let attribute = |attribute| context.attribute(attribute).map(|value| value as usize).map_err(driver);
         Ok(Self {
-            modules: [load(FORWARD)?, load(BACKWARD)?],
+            modules: load_all()?,
             functions: RwLock::default(),
             sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
@@ -138,7 +155,7 @@ impl Gpu {
         let c_name = CString::new(name.as_str()).map_err(|_| failed(format!("kernel name {name}")))?;
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded; the name ends in zero; both pointers live through the call.
-        unsafe { sys::cuModuleGetFunction(&mut function, self.modules[module], c_name.as_ptr()) }
+        unsafe { sys::cuModuleGetFunction(&mut function, self.modules[module as usize], c_name.as_ptr()) }
             .result()
             .map_err(|error| failed(format!("kernel {name}: {error}")))?;
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -291,6 +308,14 @@ pub(super) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
 pub(super) fn empty(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     let one = Tensor::zeros(1, dtype, &Device::Cuda(device.clone()))?;
     Ok(one.narrow(0, 0, 0)?.reshape(shape)?)
+}
+
+fn load_all() -> Result<[sys::CUmodule; IMAGES.len()]> {
+    let mut modules = [std::ptr::null_mut(); IMAGES.len()];
+    for (module, image) in modules.iter_mut().zip(IMAGES) {
+        *module = load(image)?;
+    }
+    Ok(modules)
 }
 
 fn load(image: &'static [u8]) -> Result<sys::CUmodule> {
