@@ -8,7 +8,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-const SOURCES: [&str; 2] = ["fused_lora", "fused_lora_backward"];
+const SOURCES: [&str; 3] = ["fused_lora", "fused_lora_backward", "linear"];
+/// Of these, those whose instructions only compute capability 9.0 has. Other GPUs take other ways.
+const HOPPER: [&str; 1] = ["linear"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -32,6 +34,7 @@ fn start(source: &str) -> Child {
     let mut command = Command::new(&nvcc);
     command.args(["-fatbin", "-O3", "-std=c++17", "-w"]);
     match env::var("CUDA_COMPUTE_CAP") {
+        _ if HOPPER.contains(&source) => command.arg("-gencode=arch=compute_90a,code=sm_90a"),
         Ok(cap) => command.arg(format!("-gencode=arch=compute_{cap},code=[sm_{cap},compute_{cap}]")),
         Err(_) => command
             .args(["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"])

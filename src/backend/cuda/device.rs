@@ -15,9 +15,10 @@ use super::linear::Products;
 use crate::{Error, Result};
 
 /// The compiled sources, in the order of [`Module`].
-const IMAGES: [&[u8]; 2] = [
+const IMAGES: [&[u8]; 3] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
 ];
 const MAX_GPUS: usize = 64;
 
@@ -33,6 +34,8 @@ pub(super) struct Gpu {
     pub shared: usize,
     /// Whether a kernel may start before the one ahead of it has ended.
     dependent_launch: bool,
+    /// Whether the module `Linear` is there: its instructions are those of compute capability 9.0 alone.
+    pub hopper: bool,
     products: Mutex<Products>,
 }
 
@@ -46,6 +49,8 @@ unsafe impl Sync for Gpu {}
 pub(super) enum Module {
     FusedLora,
     FusedLoraBackward,
+    /// For compute capability 9.0 only; see [`Gpu::hopper`].
+    Linear,
 }
 
 /// A kernel's name, as an instance's parts.
@@ -62,9 +67,10 @@ pub(super) enum Kernel {
 
 impl Kernel {
     /// Whether an early start of the next kernel pays: not where its blocks would take the room of some of this one's, and so
-    /// leave multiprocessors unevenly loaded.
+    /// leave multiprocessors unevenly loaded. A kernel that may start early must wait for the one before it (`wait_for_previous`);
+    /// those that are named here do not.
     fn depends(self) -> bool {
-        !matches!(self, Self::Forward { tiles: 1 | 2, .. })
+        !matches!(self, Self::Forward { tiles: 1 | 2, .. } | Self::Named(..))
     }
 
     /// Module and name, as `fused_lora.cu` and `fused_lora_backward.cu` have them.
@@ -126,13 +132,15 @@ impl Gpu {
             unsafe { device.disable_event_tracking() };
         }
         keep_pool(context)?;
+        let hopper = (major, minor) == (9, 0);
         let attribute = |attribute| context.attribute(attribute).map(|value| value as usize).map_err(driver);
         Ok(Self {
-            modules: load_all()?,
+            modules: load_all(hopper)?,
             functions: RwLock::default(),
             sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             dependent_launch: major >= 9,
+            hopper,
             products: Mutex::new(Products::new()?),
             context: context.clone(),
         })
@@ -160,8 +168,13 @@ impl Gpu {
             .map_err(|error| failed(format!("kernel {name}: {error}")))?;
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         if !matches!(kernel, Kernel::Short { .. } | Kernel::Reduce) {
-            // SAFETY: the function was just found; the size is the device's own limit.
-            unsafe { sys::cuFuncSetAttribute(function, attribute, self.shared as i32) }.result().map_err(driver)?;
+            let mut fixed = 0;
+            let fixed_attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            // SAFETY: the function was just found; the size is the device's own limit less what the kernel has without asking.
+            unsafe {
+                sys::cuFuncGetAttribute(&mut fixed, fixed_attribute, function).result().map_err(driver)?;
+                sys::cuFuncSetAttribute(function, attribute, self.shared as i32 - fixed).result().map_err(driver)?;
+            }
         }
         if let Ok(mut functions) = self.functions.write() {
             functions.insert(kernel, function);
@@ -310,10 +323,12 @@ pub(super) fn empty(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) 
     Ok(one.narrow(0, 0, 0)?.reshape(shape)?)
 }
 
-fn load_all() -> Result<[sys::CUmodule; IMAGES.len()]> {
+fn load_all(hopper: bool) -> Result<[sys::CUmodule; IMAGES.len()]> {
     let mut modules = [std::ptr::null_mut(); IMAGES.len()];
-    for (module, image) in modules.iter_mut().zip(IMAGES) {
-        *module = load(image)?;
+    for (i, image) in IMAGES.into_iter().enumerate() {
+        if hopper || i != Module::Linear as usize {
+            modules[i] = load(image)?;
+        }
     }
     Ok(modules)
 }
