@@ -4,7 +4,7 @@
 
 use candle_core::Tensor;
 
-use super::linear::{DropoutRound, Linear, Parameter};
+use super::linear::{self, DropoutRound, Linear, Parameter};
 use crate::Result;
 use crate::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use crate::backend::custom_ops::{attention, rms_norm, rope, swiglu};
@@ -100,9 +100,7 @@ impl Block {
         let eps = self.shape.norm_eps;
         let (y, rstd) = rms_norm::forward(x, &self.input_norm.value, eps)?;
         let input = Normed { y, rstd };
-        let (q, hq) = self.q.forward(&input.y, pass.round)?;
-        let (k, hk) = self.k.forward(&input.y, pass.round)?;
-        let (v, hv) = self.v.forward(&input.y, pass.round)?;
+        let [(q, hq), (k, hk), (v, hv)] = linear::forward([&self.q, &self.k, &self.v], &input.y, pass.round)?;
         let q = self.head(q, self.shape.heads, self.q_norm.as_ref(), pass)?;
         let mut k = self.head(k, self.shape.kv_heads, self.k_norm.as_ref(), pass)?;
         let tokens = x.dim(0)?;
@@ -112,13 +110,12 @@ impl Block {
 
         let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, self.attention_args(pass))?;
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
-        let (attended, ho) = self.o.forward(&flat, pass.round)?;
+        let [(attended, ho)] = linear::forward([&self.o], &flat, pass.round)?;
         let (m, y, rstd) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
         let post = Normed { y, rstd };
 
-        let (gate, hgate) = self.gate.forward(&post.y, pass.round)?;
-        let (up, hup) = self.up.forward(&post.y, pass.round)?;
-        let (down, hdown) = self.down.forward(&swiglu::forward(&gate, &up)?, pass.round)?;
+        let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post.y, pass.round)?;
+        let [(down, hdown)] = linear::forward([&self.down], &swiglu::forward(&gate, &up)?, pass.round)?;
         let y = down.add(&m)?;
         let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
         Ok((y, Saved { x: x.clone(), input, q, k, v, o, lse, m, post, gate, up, h }))
@@ -133,32 +130,27 @@ impl Block {
         let tokens = x.dim(0)?;
 
         let act = swiglu::forward(&gate, &up)?;
-        let d_act = act.zeros_like()?;
-        self.down.backward(&act, h.down.as_ref(), &g, round, Some(&d_act))?;
+        let d_act = input_gradient_of([&self.down], &act, [h.down.as_ref()], [&g], round)?;
         drop(act);
         let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_act)?;
         drop((d_act, gate, up));
-        let d_post = post.y.zeros_like()?;
-        self.gate.backward(&post.y, h.gate.as_ref(), &d_gate, round, Some(&d_post))?;
-        self.up.backward(&post.y, h.up.as_ref(), &d_up, round, Some(&d_post))?;
+        let (linears, saved_h) = ([&self.gate, &self.up], [h.gate.as_ref(), h.up.as_ref()]);
+        let d_post = input_gradient_of(linears, &post.y, saved_h, [&d_gate, &d_up], round)?;
         drop((d_gate, d_up));
         let norm = &self.post_norm;
         rms_norm::backward(&m, &norm.value, &post.rstd, &d_post, &g, norm.grad.as_ref())?;
 
-        let d_o = o.zeros_like()?;
-        let width = self.shape.heads * self.shape.head_dim;
-        let (flat, d_flat) = (o.reshape((tokens, width))?, d_o.reshape((tokens, width))?);
-        self.o.backward(&flat, h.o.as_ref(), &g, round, Some(&d_flat))?;
+        let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
+        let d_o = input_gradient_of([&self.o], &flat, [h.o.as_ref()], [&g], round)?.reshape(o.shape())?;
         let (dq, dk, dv) = attention::backward(&q.rotated, &k.rotated, &v, &o, &lse, &d_o, self.attention_args(pass))?;
         let dq = self.head_backward(dq, q.norm, self.q_norm.as_ref(), pass)?;
         let dk = self.head_backward(dk, k.norm, self.k_norm.as_ref(), pass)?;
         let dv = dv.reshape((tokens, self.shape.kv_heads * self.shape.head_dim))?;
 
         let norm = &self.input_norm;
-        let d_input = if input_gradient || norm.grad.is_some() { Some(input.y.zeros_like()?) } else { None };
-        self.q.backward(&input.y, h.q.as_ref(), &dq, round, d_input.as_ref())?;
-        self.k.backward(&input.y, h.k.as_ref(), &dk, round, d_input.as_ref())?;
-        self.v.backward(&input.y, h.v.as_ref(), &dv, round, d_input.as_ref())?;
+        let (linears, saved_h) = ([&self.q, &self.k, &self.v], [h.q.as_ref(), h.k.as_ref(), h.v.as_ref()]);
+        let wanted = input_gradient || norm.grad.is_some();
+        let d_input = linear::backward(linears, &input.y, saved_h, [&dq, &dk, &dv], round, wanted)?;
         if let Some(d_input) = d_input {
             rms_norm::backward(&x, &norm.value, &input.rstd, &d_input, &g, norm.grad.as_ref())?;
         }
@@ -222,6 +214,19 @@ impl Block {
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         AttentionArgs { sequences: pass.sequences, scale, window: self.shape.window }
     }
+}
+
+/// [`linear::backward`] with the input's gradient.
+fn input_gradient_of<const N: usize>(
+    linears: [&Linear; N],
+    x: &Tensor,
+    h: [Option<&Tensor>; N],
+    g: [&Tensor; N],
+    round: Option<DropoutRound>,
+) -> Result<Tensor> {
+    let dx = linear::backward(linears, x, h, g, round, true)?;
+    let Some(dx) = dx else { unreachable!("the input's gradient was asked for") };
+    Ok(dx)
 }
 
 /// The names of a block's linears, as Hugging Face checkpoints have them.

@@ -6,7 +6,7 @@
 use candle_core::Tensor;
 
 use crate::Result;
-use crate::backend::custom_ops::fused_lora::Sink;
+use crate::backend::custom_ops::lora_linear::Part;
 use crate::backend::custom_ops::{linear, lora_linear};
 use crate::backend::dropout::Dropout;
 
@@ -73,37 +73,6 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `(y, h)`: the output `[T, n]` and, with an adapter, `h = x A` `[T, r]`, which backward takes again.
-    pub fn forward(&self, x: &Tensor, round: Option<DropoutRound>) -> Result<(Tensor, Option<Tensor>)> {
-        let bias = self.bias.as_ref().map(|bias| &bias.value);
-        let Some(adapter) = &self.adapter else {
-            return Ok((linear::forward(x, &self.weight.value, bias)?, None));
-        };
-        let (a, b) = (&adapter.a.value, &adapter.b.value);
-        let dropout = adapter.dropout(round);
-        let (y, h) = lora_linear::forward(x, &self.weight.value, bias, a, b, adapter.scaling, dropout)?;
-        Ok((y, Some(h)))
-    }
-
-    /// Adds the gradients of the trained parameters to their buffers and, when `dx` is given, the input's to it.
-    pub fn backward(
-        &self,
-        x: &Tensor,
-        h: Option<&Tensor>,
-        g: &Tensor,
-        round: Option<DropoutRound>,
-        dx: Option<&Tensor>,
-    ) -> Result<()> {
-        let weight = &self.weight;
-        if let Some(adapter) = &self.adapter {
-            let sink = Sink { dx, da: adapter.a.grad.as_ref(), db: adapter.b.grad.as_ref() };
-            let (a, b) = (&adapter.a.value, &adapter.b.value);
-            lora_linear::backward(x, &weight.value, a, b, h, g, adapter.scaling, adapter.dropout(round), sink)?;
-            return self.backward_base(x, g, None);
-        }
-        self.backward_base(x, g, dx)
-    }
-
     /// `(k, n)`: the sizes of its input and output.
     pub fn sizes(&self) -> (usize, usize) {
         let dims = self.weight.value.dims();
@@ -116,12 +85,49 @@ impl Linear {
         bias || self.weight.grad.is_some() || self.adapter.as_ref().is_some_and(Adapter::trained)
     }
 
-    fn backward_base(&self, x: &Tensor, g: &Tensor, dx: Option<&Tensor>) -> Result<()> {
-        let dw = self.weight.grad.as_ref();
-        let dbias = self.bias.as_ref().and_then(|bias| bias.grad.as_ref());
-        if dx.is_none() && dw.is_none() && dbias.is_none() {
-            return Ok(());
-        }
-        linear::backward(x, &self.weight.value, g, dx, dw, dbias)
+    fn part(&self, round: Option<DropoutRound>) -> Part<'_> {
+        let adapter = self.adapter.as_ref().map(|adapter| lora_linear::Adapter {
+            a: &adapter.a.value,
+            b: &adapter.b.value,
+            s: adapter.scaling,
+            dropout: adapter.dropout(round),
+        });
+        Part { w: &self.weight.value, bias: self.bias.as_ref().map(|bias| &bias.value), adapter }
     }
+}
+
+/// `(y, h)` of each of the linears of one input: the output `[T, n]` and, with an adapter, `h = x A` `[T, r]`, which backward takes again.
+pub fn forward<const N: usize>(
+    linears: [&Linear; N],
+    x: &Tensor,
+    round: Option<DropoutRound>,
+) -> Result<[(Tensor, Option<Tensor>); N]> {
+    let all = lora_linear::forward_shared(x, &linears.map(|linear| linear.part(round)))?;
+    let Ok(all) = all.try_into() else { unreachable!("one output for each linear") };
+    Ok(all)
+}
+
+/// Adds the gradients of the trained parameters to their buffers and, with `input_gradient`, returns the input's.
+pub fn backward<const N: usize>(
+    linears: [&Linear; N],
+    x: &Tensor,
+    h: [Option<&Tensor>; N],
+    g: [&Tensor; N],
+    round: Option<DropoutRound>,
+    input_gradient: bool,
+) -> Result<Option<Tensor>> {
+    let sinks = linears.map(|linear| match &linear.adapter {
+        Some(adapter) => (adapter.a.grad.as_ref(), adapter.b.grad.as_ref()),
+        None => (None, None),
+    });
+    let parts = linears.map(|linear| linear.part(round));
+    let dx = lora_linear::backward_shared(x, &parts, &h, &g, &sinks, input_gradient)?;
+    for (linear, g) in linears.iter().zip(g) {
+        let dw = linear.weight.grad.as_ref();
+        let dbias = linear.bias.as_ref().and_then(|bias| bias.grad.as_ref());
+        if dw.is_some() || dbias.is_some() {
+            linear::backward(x, &linear.weight.value, g, None, dw, dbias)?;
+        }
+    }
+    Ok(dx)
 }

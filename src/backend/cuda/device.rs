@@ -56,10 +56,26 @@ pub(super) enum Module {
 /// A kernel's name, as an instance's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
-    Forward { types: &'static str, ranks: usize, tiles: usize, vector: bool },
-    Short { types: &'static str, ranks: usize },
-    Output { types: &'static str, ranks: usize, vector: bool },
-    Input { types: &'static str, ranks: usize, vector: bool },
+    Forward {
+        types: &'static str,
+        ranks: usize,
+        tiles: usize,
+        vector: bool,
+    },
+    Short {
+        types: &'static str,
+        ranks: usize,
+    },
+    Output {
+        types: &'static str,
+        ranks: usize,
+        vector: bool,
+    },
+    Input {
+        types: &'static str,
+        ranks: usize,
+        vector: bool,
+    },
     Reduce,
     /// A kernel by its name. It may use the device's whole shared memory.
     Named(Module, &'static str),

@@ -4,7 +4,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
 use super::device::{Gpu, Held, Kernel, View, address, cuda_device, empty, scratch, tensor, uninit};
@@ -394,6 +394,50 @@ pub fn differentiate(
     let db = db.map(|to| Parts { parts: db_ptr, to, count: output.row_blocks, columns: n, scale: s as f32 });
     let da = da.map(|to| Parts { parts: da_ptr, to, count: input.row_blocks, columns: k, scale: kept });
     call.reduce([db, da], add)
+}
+
+/// Parts of u, `[count][m, r]`.
+pub(super) type UParts = (CudaSlice<f32>, usize);
+
+/// `h = drop(x) A` into h `[m, r]` f32; `[x, A, B]`.
+pub(super) fn project_into(
+    device: &CudaDevice,
+    [x, a, b]: [View; 3],
+    dropout: Option<Dropout>,
+    size: Size,
+    h: View,
+) -> Result<()> {
+    let call = Call { gpu: Gpu::of(device)?, stream: &device.cuda_stream(), dropout, size };
+    call.forward([x, a, b], 1.0, None, false, Some(h))
+}
+
+/// What one pass over g gives: dB, written or added where it is given with h, and the parts of u where they are wanted.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn output_side(
+    device: &CudaDevice,
+    g: View,
+    b: View,
+    h: Option<u64>,
+    s: f64,
+    size: Size,
+    u: bool,
+    db: Option<View>,
+    add: bool,
+) -> Result<Option<UParts>> {
+    if !u && db.is_none() {
+        return Ok(None);
+    }
+    let Size { m, r, n, .. } = size;
+    let stream = device.cuda_stream();
+    let call = Call { gpu: Gpu::of(device)?, stream: &stream, dropout: None, size };
+    let grid = call.grid(n, types(g, b)?, r)?;
+    let u_parts = scratch(device, if u { grid.column_blocks * m * r } else { 1 })?;
+    let db_parts = scratch(device, if db.is_some() { grid.row_blocks * r * n } else { 1 })?;
+    let (u_ptr, db_ptr) = (address(&u_parts, &stream), address(&db_parts, &stream));
+    call.output(&grid, g, b, h, s, if u { u_ptr } else { 0 }, db_ptr)?;
+    let db = db.map(|to| Parts { parts: db_ptr, to, count: grid.row_blocks, columns: n, scale: s as f32 });
+    call.reduce([db, None], add)?;
+    Ok(u.then_some((u_parts, grid.column_blocks)))
 }
 
 /// The shape of x with the last dimension `n`.

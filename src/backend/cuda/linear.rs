@@ -1,4 +1,4 @@
-//! The base linear's products on CUDA, by cuBLASLt: f32 sums, f32 inputs in full f32 (no TF32).
+//! The base linear's products on CUDA, by `shared_linear` where it takes them, else by cuBLASLt: f32 sums, f32 inputs in full f32 (no TF32).
 //!
 //! cuBLASLt is column-major: a row-major `[m, n]` is its `n × m`. So `y = x Wᵀ` is `W' (n × k) · x' (k × m)`.
 
@@ -15,6 +15,7 @@ use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
 use super::device::{Gpu, Held, View, cuda_device, empty, failed, tensor, uninit};
 use super::fused_lora::with_last;
+use super::shared_linear::{self, PartViews};
 use crate::Result;
 use crate::backend::fallback;
 
@@ -55,6 +56,12 @@ pub(super) fn storage_forward(
     bias: Option<View>,
     [m, k, n]: [usize; 3],
 ) -> Result<CudaStorage> {
+    let part = PartViews { w, bias, n, adapter: None };
+    if let Some(mut all) = shared_linear::storage_forward(device, x, m, k, &[part])?
+        && let Some((y, _)) = all.pop()
+    {
+        return Ok(y);
+    }
     let storage = uninit(device, &Shape::from((m, n)), x.dtype)?;
     let y = View::of(OP, "y", &storage, &Layout::contiguous((m, n)))?;
     multiply_w(device, x, w, bias, y, false, [m, k, n])?;
@@ -102,6 +109,11 @@ pub fn gradient(x: &Tensor, w: &Tensor, g: &Tensor, sizes: [usize; 3]) -> Result
     let dx = tensor(uninit(cuda_device(OP, x)?, x.shape(), x.dtype())?, x.shape());
     input_gradient(w, g, &dx, false, sizes)?;
     Ok(dx)
+}
+
+/// Memory of x's shape and dtype; every element must be written.
+pub(crate) fn uninit_like(x: &Tensor) -> Result<Tensor> {
+    Ok(tensor(uninit(cuda_device(OP, x)?, x.shape(), x.dtype())?, x.shape()))
 }
 
 /// Adds to the gradients that have somewhere to go; see `custom_ops::linear::backward`. `[m, k, n]`.
@@ -154,6 +166,9 @@ pub(super) fn input_gradient(w: &Tensor, g: &Tensor, dx: &Tensor, add: bool, [m,
     }
     let device = cuda_device(OP, &w)?;
     let (w, g, dx) = (Held::of(OP, "w", &w)?, Held::of(OP, "g", &g)?, Held::of(OP, "dx", dx)?);
+    if shared_linear::input_gradient(device, g.view, w.view, dx.view, add, [m, k, n])? {
+        return Ok(());
+    }
     let left = Factor { view: w.view, rows: k, columns: n, transposed: false };
     let right = Factor { view: g.view, rows: n, columns: m, transposed: false };
     product(device, left, right, Output { view: dx.view, rows: k, columns: m, add, bias: None })

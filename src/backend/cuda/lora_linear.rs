@@ -1,4 +1,4 @@
-//! The linear with its adapter on CUDA: the LoRA kernel writes `s · (drop(x) A) B`, and cuBLASLt adds `x Wᵀ + bias` to it in its
+//! The linear with its adapter on CUDA. Where `shared_linear` takes a call, its kernels make it; else the LoRA kernel writes `s · (drop(x) A) B`, and cuBLASLt adds `x Wᵀ + bias` to it in its
 //! epilogue; the same with dx. So the adapter costs one pass over x and y beside the base's product, and y is read once more.
 
 use candle_core::cuda_backend::CudaDevice;
@@ -6,9 +6,11 @@ use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
 use super::device::{Held, View, cuda_device, empty, tensor, uninit};
 use super::fused_lora::{self, Size, with_last};
-use super::linear;
+use super::shared_linear::{AdapterViews, PartViews};
+use super::{linear, shared_linear};
 use crate::Result;
 use crate::backend::custom_ops::fused_lora::Sink;
+use crate::backend::custom_ops::lora_linear::{Adapter, Part};
 use crate::backend::dropout::Dropout;
 use crate::backend::fallback;
 
@@ -46,6 +48,12 @@ pub fn forward(
         let base = linear::forward(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias, [m, k, n])?;
         let h = fused_lora::add_into(&base, x, a, b, s, dropout, size)?;
         return Ok((base.to_dtype(x.dtype())?, h));
+    }
+    let adapter = Some(Adapter { a, b, s, dropout });
+    if let Some(mut all) = shared_linear::forward(x, &[Part { w, bias, adapter }])?
+        && let Some((y, Some(h))) = all.pop()
+    {
+        return Ok((y, h));
     }
     let (device, shape) = (cuda_device(OP, x)?, with_last(x, n));
     let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
@@ -91,12 +99,19 @@ pub(crate) fn taped(
     if size.m == 0 {
         return fused_lora::taped([x, a, b], s, dropout, size);
     }
+    let views = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
+    let adapter = Some(AdapterViews { a: views.1, b: views.2, r: size.r, s, dropout });
+    let frozen = (Held::of(OP, "w", w)?.view, Held::option(OP, "bias", bias)?.map(|bias| bias.view));
+    let part = PartViews { w: frozen.0, bias: frozen.1, n: size.n, adapter };
+    if let Some(mut all) = shared_linear::storage_forward(device, views.0, size.m, size.k, &[part])?
+        && let Some((y, Some(h))) = all.pop()
+    {
+        return Ok((y, h));
+    }
     let h = tensor(uninit(device, &Shape::from((size.m, size.r)), DType::F32)?, (size.m, size.r));
     let h_view = Held::of(OP, "h", &h)?.view;
-    let (x, a, b) = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
-    let (w, bias) = (Held::of(OP, "w", w)?, Held::option(OP, "bias", bias)?);
-    let bias = bias.as_ref().map(|bias| bias.view);
-    Ok((storage_forward(device, [x, w.view, a, b], bias, s, dropout, size, Some(h_view))?, h))
+    let ((x, a, b), (w, bias)) = (views, frozen);
+    Ok((storage_forward(device, [x, w, a, b], bias, s, dropout, size, Some(h_view))?, h))
 }
 
 /// The gradients of the wanted ones of x, A and B: dx of x's dtype, dA and dB f32. Nothing is zeroed first.
@@ -150,6 +165,14 @@ pub fn backward(
             true => fallback::accumulate(dx, &sum),
             false => Ok(dx.detach().slice_set(&sum.to_dtype(dx.dtype())?, 0, 0)?),
         };
+    }
+    if size.m > 0 {
+        let part = Part { w, bias: None, adapter: Some(Adapter { a, b, s, dropout }) };
+        let (dx, sinks) = (sink.dx.map(|dx| (dx, add)), [(sink.da, sink.db)]);
+        let wanted = shared_linear::Wanted { h: &[h], g: &[g], dx, sinks: &sinks, add };
+        if shared_linear::backward(x, &[part], &wanted)? {
+            return Ok(());
+        }
     }
     fused_lora::differentiate(x, a, b, h, g, s, dropout, size, sink, add)?;
     match sink.dx {

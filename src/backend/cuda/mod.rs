@@ -8,10 +8,14 @@ mod device;
 #[cfg(feature = "cuda")]
 pub mod fused_lora;
 #[cfg(feature = "cuda")]
+mod hopper;
+#[cfg(feature = "cuda")]
 pub mod linear;
 #[cfg(feature = "cuda")]
 pub mod lora_linear;
 mod paths;
+#[cfg(feature = "cuda")]
+pub mod shared_linear;
 
 pub use paths::{Path, paths};
 

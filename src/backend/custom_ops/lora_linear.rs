@@ -24,6 +24,107 @@ use crate::{Error, Result};
 
 const OP: &str = "lora_linear";
 
+/// One of several linears that share an input.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    /// W `[n, k]`.
+    pub w: &'a Tensor,
+    /// `[n]`.
+    pub bias: Option<&'a Tensor>,
+    /// Its adapter.
+    pub adapter: Option<Adapter<'a>>,
+}
+
+/// The adapter of a [`Part`].
+#[derive(Debug, Clone, Copy)]
+pub struct Adapter<'a> {
+    /// A `[k, r]`.
+    pub a: &'a Tensor,
+    /// B `[r, n]`.
+    pub b: &'a Tensor,
+    /// s.
+    pub s: f64,
+    /// Of the adapter's input.
+    pub dropout: Option<Dropout>,
+}
+
+/// [`forward`] of up to three linears of one input, as q, k and v or gate and up; without an adapter [`linear::forward`] and no h.
+/// On GPUs of compute capability 9.0 they take one pass over x and one launch for their products.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+    check_parts(x, parts)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device())
+        && x.elem_count() > 0
+        && let Some(all) = cuda::shared_linear::forward(x, parts)?
+    {
+        return Ok(all);
+    }
+    let one = |part: &Part| match part.adapter {
+        Some(Adapter { a, b, s, dropout }) => {
+            forward(x, part.w, part.bias, a, b, s, dropout).map(|(y, h)| (y, Some(h)))
+        }
+        None => linear::forward(x, part.w, part.bias).map(|y| (y, None)),
+    };
+    parts.iter().map(one).collect()
+}
+
+/// The gradients of [`forward_shared`]: those of A and B are added to `sinks`, one pair for each part; x's, of x's dtype and the sum over
+/// the parts, is returned where `input_gradient` asks for it. `h` and `g` have one entry for each part.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn backward_shared(
+    x: &Tensor,
+    parts: &[Part],
+    h: &[Option<&Tensor>],
+    g: &[&Tensor],
+    sinks: &[(Option<&Tensor>, Option<&Tensor>)],
+    input_gradient: bool,
+) -> Result<Option<Tensor>> {
+    check_parts(x, parts)?;
+    if [h.len(), g.len(), sinks.len()] != [parts.len(); 3] {
+        let (h, g, sinks) = (h.len(), g.len(), sinks.len());
+        return Err(Error::op(
+            OP,
+            format!("{} linears with {h} h, {g} g and {sinks} sinks; one each is needed", parts.len()),
+        ));
+    }
+    for (((part, h), g), (da, db)) in parts.iter().zip(h).zip(g).zip(sinks) {
+        match part.adapter {
+            Some(Adapter { a, b, dropout, .. }) => {
+                let size = check_inputs(x, part.w, None, a, b, dropout)?;
+                fused_lora::check_backward(OP, x, *h, g, &size, &Sink { dx: None, da: *da, db: *db })?;
+            }
+            None => super::check::gradient(OP, "g", g, &with_last(x.dims(), part.w.dims()[0]), x)?,
+        }
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) && x.elem_count() > 0 {
+        let dx = match input_gradient {
+            true => Some(cuda::linear::uninit_like(x)?),
+            false => None,
+        };
+        let to = dx.as_ref().map(|dx| (dx, false));
+        if cuda::shared_linear::backward(x, parts, &cuda::shared_linear::Wanted { h, g, dx: to, sinks, add: true })? {
+            return Ok(dx);
+        }
+    }
+    let dx = if input_gradient { Some(x.zeros_like()?) } else { None };
+    for (i, part) in parts.iter().enumerate() {
+        match part.adapter {
+            Some(Adapter { a, b, s, dropout }) => {
+                let sink = Sink { dx: dx.as_ref(), da: sinks[i].0, db: sinks[i].1 };
+                backward(x, part.w, a, b, h[i], g[i], s, dropout, sink)?;
+            }
+            None => linear::backward(x, part.w, g[i], dx.as_ref(), None, None)?,
+        }
+    }
+    Ok(dx)
+}
+
 /// `(y, h)`: y `[.., n]` of x's dtype, and `h = drop(x) A`, `[m, r]` f32, for [`backward`].
 ///
 /// # Errors
@@ -216,6 +317,20 @@ impl CustomOp3 for Taped {
         }
         fused_lora::tape_gradients(x, a, b, |sink| backward(x, w, a, b, h, g, self.s, self.dropout, sink))
     }
+}
+
+fn check_parts(x: &Tensor, parts: &[Part]) -> Result<()> {
+    for part in parts {
+        match part.adapter {
+            Some(Adapter { a, b, dropout, .. }) => {
+                check_inputs(x, part.w, part.bias, a, b, dropout)?;
+            }
+            None => {
+                linear::Size::of(OP, x, part.w, part.bias)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_inputs(
