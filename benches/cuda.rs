@@ -25,6 +25,7 @@ mod cuda {
     use metal_candle::Result;
     use metal_candle::backend::cuda::{self, fused_lora::Size};
     use metal_candle::backend::custom_ops as ops;
+    use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part};
 
     const S: f64 = 1.75;
     /// More than any L2 cache so far.
@@ -63,36 +64,40 @@ mod cuda {
         copy_speed(&device)?;
         for (n, shape) in [(4096, "(8192, 4096, 4096)"), (14336, "(8192, 4096, 14336)")] {
             let sets = sets([8192, 4096, 16, n], DType::BF16, &device)?;
-            run(&format!("delta {shape} r 16 bf16"), &sets, 20, &delta_ways())?;
-            run(&format!("linear forward {shape} r 16 bf16"), &sets, 20, &linear_ways())?;
+            run(&format!("delta {shape} r 16 bf16"), &sets, &delta_ways())?;
+            run(&format!("linear forward {shape} r 16 bf16"), &sets, &linear_ways())?;
             if n == 4096 {
-                run(&format!("delta forward+backward {shape} r 16 bf16"), &sets, 20, &delta_backward_ways())?;
-                run(&format!("linear forward+backward {shape} r 16 bf16"), &sets, 20, &linear_backward_ways())?;
+                run(&format!("delta forward+backward {shape} r 16 bf16"), &sets, &delta_backward_ways())?;
+                run(&format!("linear forward+backward {shape} r 16 bf16"), &sets, &linear_backward_ways())?;
             }
         }
         for (name, dtype) in [("f16", DType::F16), ("f32", DType::F32)] {
             let sets = sets([8192, 4096, 16, 4096], dtype, &device)?;
-            run(&format!("delta (8192, 4096, 4096) r 16 {name}"), &sets, 20, &delta_ways())?;
-            run(&format!("delta forward+backward (8192, 4096, 4096) r 16 {name}"), &sets, 10, &delta_backward_ways())?;
+            run(&format!("delta (8192, 4096, 4096) r 16 {name}"), &sets, &delta_ways())?;
+            run(&format!("delta forward+backward (8192, 4096, 4096) r 16 {name}"), &sets, &delta_backward_ways())?;
         }
         small("delta (128, 512, 512) r 8 f32", [128, 512, 8, 512], DType::F32, &device)?;
         small("delta (128, 2048, 2048) r 8 bf16", [128, 2048, 8, 2048], DType::BF16, &device)?;
         small("delta (1, 4096, 4096) r 16 bf16", [1, 4096, 16, 4096], DType::BF16, &device)?;
         for rank in [8, 32, 64, 128] {
             let sets = sets([8192, 4096, rank, 4096], DType::BF16, &device)?;
-            run(&format!("delta (8192, 4096, 4096) r {rank} bf16"), &sets, 20, &delta_ways())?;
+            run(&format!("delta (8192, 4096, 4096) r {rank} bf16"), &sets, &delta_ways())?;
+            run(&format!("delta forward+backward (8192, 4096, 4096) r {rank} bf16"), &sets, &delta_backward_ways())?;
+            run(&format!("linear forward (8192, 4096, 4096) r {rank} bf16"), &sets, &linear_ways()[..2])?;
             run(
-                &format!("delta forward+backward (8192, 4096, 4096) r {rank} bf16"),
+                &format!("linear forward+backward (8192, 4096, 4096) r {rank} bf16"),
                 &sets,
-                10,
-                &delta_backward_ways(),
+                &linear_backward_ways()[..2],
             )?;
         }
+        let sets = sets([8192, 2048, 16, 2048], DType::BF16, &device)?;
+        run("q, k, v forward (8192, 2048, 3 x 2048) r 16 bf16", &sets, &shared_ways())?;
+        run("q, k, v forward+backward (8192, 2048, 3 x 2048) r 16 bf16", &sets, &shared_backward_ways())?;
         Ok(())
     }
 
     fn small(work: &str, size: [usize; 4], dtype: DType, device: &Device) -> Result<()> {
-        run(work, &sets(size, dtype, device)?, 2000, &delta_ways())
+        run(work, &sets(size, dtype, device)?, &delta_ways())
     }
 
     fn delta_ways<'a>() -> Vec<Way<'a>> {
@@ -162,6 +167,35 @@ mod cuda {
         ]
     }
 
+    /// Three linears of one input, for the sake of the comparison with the same weights.
+    fn shared(i: &Inputs) -> [Part<'_>; 3] {
+        let adapter = Some(Adapter { a: &i.a, b: &i.b, s: S, dropout: None });
+        [Part { w: &i.w, bias: None, adapter }; 3]
+    }
+
+    fn shared_ways<'a>() -> Vec<Way<'a>> {
+        let base = |i: &Inputs| {
+            done(ops::lora_linear::forward_shared(&i.x, &shared(i).map(|part| Part { adapter: None, ..part }))?)
+        };
+        let ours = |i: &Inputs| done(ops::lora_linear::forward_shared(&i.x, &shared(i))?);
+        let apart = |i: &Inputs| {
+            let one = || ops::lora_linear::forward(&i.x, &i.w, None, &i.a, &i.b, S, None);
+            done([one()?, one()?, one()?])
+        };
+        vec![("base alone", Box::new(base)), ("ours", Box::new(ours)), ("ours, one by one", Box::new(apart))]
+    }
+
+    fn shared_backward_ways<'a>() -> Vec<Way<'a>> {
+        let run = |i: &Inputs, parts: [Part; 3], sinks: [(Option<&Tensor>, Option<&Tensor>); 3]| {
+            let forward = ops::lora_linear::forward_shared(&i.x, &parts)?;
+            let h: Vec<Option<&Tensor>> = forward.iter().map(|(_, h)| h.as_ref()).collect();
+            done((ops::lora_linear::backward_shared(&i.x, &parts, &h, &[&i.g; 3], &sinks, true)?, &forward))
+        };
+        let base = move |i: &Inputs| run(i, shared(i).map(|part| Part { adapter: None, ..part }), [(None, None); 3]);
+        let ours = move |i: &Inputs| run(i, shared(i), [(Some(&i.da), Some(&i.db)); 3]);
+        vec![("base alone", Box::new(base)), ("ours", Box::new(ours))]
+    }
+
     /// `(h, s · h B)`, as models on Candle write it.
     fn candle_delta(i: &Inputs) -> Result<(Tensor, Tensor)> {
         let h = i.x.matmul(&i.a)?;
@@ -180,23 +214,33 @@ mod cuda {
         (0..(ROUND_BYTES / bytes).clamp(3, 64)).map(|_| Inputs::new([m, k, r, n], dtype, device)).collect()
     }
 
-    /// Every way in turn, round after round, so that a drift of the clock meets all alike.
-    fn run(work: &str, sets: &[Inputs], calls: usize, ways: &[Way]) -> Result<()> {
-        const ROUNDS: usize = 7;
+    /// Every way in turn, round after round, so that a drift of the clock meets all alike: a large GPU at its power limit slows
+    /// down within milliseconds, so a turn is some milliseconds long at most.
+    fn run(work: &str, sets: &[Inputs], ways: &[Way]) -> Result<()> {
+        const ROUNDS: usize = 31;
+        const TURN: f64 = 4e-3;
+        let device = sets[0].x.device();
+        let time = |way: &Way, calls: usize, count: usize| {
+            device.synchronize()?;
+            let start = Instant::now();
+            for call in 0..calls {
+                (way.1)(&sets[call % count])?;
+            }
+            device.synchronize()?;
+            Ok::<_, metal_candle::Error>(start.elapsed().as_secs_f64() / calls as f64)
+        };
         let mut times = vec![[const { Vec::new() }; 2]; ways.len()];
-        for round in 0..=ROUNDS {
-            for ((_, way), times) in ways.iter().zip(&mut times) {
+        let mut calls = Vec::new();
+        for way in ways {
+            // The first calls load kernels, fill the pool and let products choose their algorithms.
+            time(way, 2 * sets.len(), sets.len())?;
+            let seconds = time(way, 4, sets.len())?;
+            calls.push(((TURN / seconds) as usize).clamp(2, 500));
+        }
+        for _ in 0..ROUNDS {
+            for ((way, &calls), times) in ways.iter().zip(&calls).zip(&mut times) {
                 for (times, count) in times.iter_mut().zip([1, sets.len()]) {
-                    sets[0].x.device().synchronize()?;
-                    let start = Instant::now();
-                    for call in 0..calls {
-                        way(&sets[call % count])?;
-                    }
-                    sets[0].x.device().synchronize()?;
-                    // The first round loads kernels and fills the pool.
-                    if round > 0 {
-                        times.push(start.elapsed().as_secs_f64() * 1e6 / calls as f64);
-                    }
+                    times.push(time(way, calls, count)? * 1e6);
                 }
             }
         }

@@ -83,10 +83,14 @@ pub(super) enum Kernel {
 
 impl Kernel {
     /// Whether an early start of the next kernel pays: not where its blocks would take the room of some of this one's, and so
-    /// leave multiprocessors unevenly loaded. A kernel that may start early must wait for the one before it (`wait_for_previous`);
-    /// those that are named here do not.
+    /// leave multiprocessors unevenly loaded. A kernel that may start early must wait for the one before it (`wait_for_previous`,
+    /// `take_turn`); of the named ones those of the linear do.
     fn depends(self) -> bool {
-        !matches!(self, Self::Forward { tiles: 1 | 2, .. } | Self::Named(..))
+        match self {
+            Self::Forward { tiles, .. } => tiles > 2,
+            Self::Named(module, _) => module == Module::Linear,
+            _ => true,
+        }
     }
 
     /// Module and name, as `fused_lora.cu` and `fused_lora_backward.cu` have them.

@@ -11,6 +11,12 @@ constexpr int TILE_K = 64;  // columns of bf16 in a row of 128 bytes, which is w
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+// Programmatic dependent launch: the next kernel's blocks may start where there is room, and wait until this one's results are there.
+// A kernel waits before it touches memory, and only then lets the next one start, so that whoever runs has all before it done.
+__device__ __forceinline__ void take_turn() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -153,6 +153,7 @@ struct OuterArgs {
     n: i32,
     range: i32,
     columns: [i32; 2],
+    used: i32,
 }
 
 #[repr(C)]
@@ -182,7 +183,7 @@ struct AdapterTermsArgs {
     n: [i32; MOST],
     count: i32,
     k: i32,
-    ranks: i32,
+    block: i32,
     blocks: i32,
     f32: i32,
 }
@@ -201,7 +202,12 @@ struct PartTermsArgs {
     scale: f32,
 }
 
-/// Terms of some ranks of h or u: where they lie in a matrix `[m, width]` of all terms.
+/// Columns or rows of one term of each of `ranks` values.
+pub fn block(ranks: usize) -> usize {
+    ranks.next_multiple_of(8)
+}
+
+/// Terms of some ranks of h or u: where they lie in a matrix `[m, blocks block]` of all terms.
 #[derive(Debug, Clone, Copy)]
 pub struct Terms {
     /// The matrix.
@@ -210,25 +216,20 @@ pub struct Terms {
     pub from: usize,
     /// These ranks.
     pub r: usize,
-    /// Ranks of the matrix: the distance from one term of a value to the next.
-    pub block: usize,
+    /// All ranks of the matrix.
+    pub ranks: usize,
     /// Terms of a value.
     pub blocks: usize,
 }
 
 impl Terms {
-    /// Columns of `ranks` ranks in `blocks` terms, rounded up to what a map needs.
-    pub fn width(ranks: usize, blocks: usize) -> usize {
-        (ranks * blocks).next_multiple_of(8)
-    }
-
     fn ptr(&self) -> u64 {
         self.all.ptr + 2 * self.from as u64
     }
 
-    /// Columns to clear after the last term, by whoever writes the last rank.
+    /// Columns to clear after each block, by whoever writes the last rank.
     fn zeros(&self) -> usize {
-        if self.from + self.r == self.block { self.all.columns - self.block * self.blocks } else { 0 }
+        if self.from + self.r == self.ranks { block(self.ranks) - self.ranks } else { 0 }
     }
 }
 
@@ -249,7 +250,7 @@ pub struct AdapterFactors {
     pub b: u64,
     pub r: usize,
     pub n: usize,
-    /// `[blocks r, n]`; 0: not wanted.
+    /// `[blocks block, n]`; 0: not wanted.
     pub b_terms: u64,
 }
 
@@ -313,20 +314,20 @@ impl Hopper<'_> {
         unsafe { self.gpu.launch(kernel, [2 * clusters, 1], 12, LINEAR_SHARED, self.stream, &args) }
     }
 
-    /// h of `adapters`, from x `[m, k]` and the terms `[blocks Σr, k]` of their A.
+    /// h of `adapters`, from x `[m, k]` and the terms `[blocks block, k]` of their A.
     pub fn project(&self, x: Matrix, a_terms: u64, blocks: usize, adapters: &[Projected]) -> Result<()> {
         let ranks: usize = adapters.iter().map(|adapter| adapter.terms.r).sum();
         let pass = if ranks <= 16 { 16 } else { PASS };
         let kernel = if ranks <= 16 { "linear_project_16" } else { "linear_project_64" };
         let mut args = ProjectArgs {
             x: Map::new(x.ptr, x.rows, x.columns, 64)?,
-            a: Map::new(a_terms, blocks * ranks, x.columns, pass as u32)?,
+            a: Map::new(a_terms, blocks * block(ranks), x.columns, pass as u32)?,
             adapters: [ProjectAdapter::default(); MOST],
             rows: x.rows as i64,
             adapter_count: adapters.len() as i32,
             tiles: x.columns.div_ceil(64) as i32,
             from: 0,
-            low: 2 * ranks as i32,
+            low: 2 * block(ranks) as i32,
             blocks: blocks as i32,
         };
         for (to, Projected { h, terms, s }) in args.adapters.iter_mut().zip(adapters) {
@@ -335,7 +336,7 @@ impl Hopper<'_> {
                 terms: terms.ptr(),
                 r: terms.r as i32,
                 width: terms.all.columns as i32,
-                block: terms.block as i32,
+                block: block(terms.ranks) as i32,
                 zeros: terms.zeros() as i32,
                 s: *s as f32,
             };
@@ -367,7 +368,7 @@ impl Hopper<'_> {
         let range = row_tiles.div_ceil((self.gpu.sms / column_blocks).clamp(1, row_tiles));
         let ranges = row_tiles.div_ceil(range);
         // hi and lo in one warpgroup's 64 rows, or 64 ranks at a time in two.
-        let together = ranks <= 32;
+        let together = block(ranks) <= 32;
         let groups = if together { 1 } else { 2 };
         let parts = super::device::scratch(device, ranges * 64 * groups * x.columns)?;
         let mut args = OuterArgs {
@@ -377,11 +378,13 @@ impl Hopper<'_> {
             row_tiles: row_tiles as i64,
             n: x.columns as i32,
             range: range as i32,
-            columns: [0, ranks as i32],
+            columns: [0; 2],
+            used: 64,
         };
         let name = if together { "linear_outer_64" } else { "linear_outer_128" };
         for from in (0..ranks).step_by(if together { ranks } else { 64 }) {
-            args.columns = [from as i32, (ranks + from) as i32];
+            args.columns = [from as i32, (block(ranks) + from) as i32];
+            args.used = if together { 2 * block(ranks) } else { (ranks - from).min(64) } as i32;
             let (kernel, grid) = (Kernel::Named(Module::Linear, name), [column_blocks, ranges]);
             let shared = 4 * (groups + 4) * 8192 + 1024;
             // SAFETY: `OuterArgs` mirrors the kernel's; parts has room for every range; memory is of this stream.
@@ -397,7 +400,7 @@ impl Hopper<'_> {
                     count: ranges as i32,
                     rows: 64 * groups as i32,
                     first: row as i32,
-                    second: (row + if together { ranks } else { 64 }) as i32,
+                    second: (row + if together { block(ranks) } else { 64 }) as i32,
                     ranks: (high - low) as i32,
                     from: (low - first) as i32,
                     r: r as i32,
@@ -414,7 +417,7 @@ impl Hopper<'_> {
         Ok(())
     }
 
-    /// The terms of A into `a_terms` `[blocks Σr, k]` (0: not wanted), and of B.
+    /// The terms of A into `a_terms` `[blocks block, k]` (0: not wanted), and of B.
     pub fn adapter_terms(
         &self,
         adapters: &[AdapterFactors],
@@ -427,7 +430,7 @@ impl Hopper<'_> {
             a_terms,
             count: adapters.len() as i32,
             k: k as i32,
-            ranks: adapters.iter().map(|adapter| adapter.r as i32).sum(),
+            block: block(adapters.iter().map(|adapter| adapter.r).sum()) as i32,
             blocks: blocks as i32,
             f32: f32 as i32,
             ..Default::default()
@@ -454,7 +457,7 @@ impl Hopper<'_> {
             count: count as i32,
             r: terms.r as i32,
             width: terms.all.columns as i32,
-            block: terms.block as i32,
+            block: block(terms.ranks) as i32,
             blocks: terms.blocks as i32,
             zeros: terms.zeros() as i32,
             scale: scale as f32,

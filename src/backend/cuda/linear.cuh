@@ -204,6 +204,7 @@ template <bool RIGHT_ROWS> __device__ __forceinline__ void run(const Args& args)
     barrier_init_done();
   }
   cluster_sync();
+  take_turn();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce<RIGHT_ROWS>(args, tiles, barriers);

@@ -20,7 +20,8 @@ struct Args {
   float* parts;
   int64_t row_tiles;  // of 64
   int n, range;       // row tiles of a range
-  int columns[2];     // of terms, where each warpgroup's 64 start
+  int columns[2];     // of terms, where each warpgroup's 64 start: multiples of 8
+  int used;           // of those 64
 };
 
 struct SumArgs {
@@ -49,6 +50,7 @@ template <int M> struct Kernel {
       barrier_init_done();
     }
     __syncthreads();
+    take_turn();
     Ring<STAGES> ring;
     if (threadIdx.x < 128) {
       if (threadIdx.x == 0) {
@@ -85,13 +87,14 @@ template <int M> struct Kernel {
     float* parts = args.parts + (int64_t)blockIdx.y * (64 * M) * args.n;
 #pragma unroll
     for (int i = 0; i < 64; i++) {
-      int rank = 64 * group + 16 * (thread / 32) + lane / 4 + 8 * (i % 2), c = column + 8 * (i / 2) + 2 * (lane % 4);
-      if (c < args.n) *(float2*)(parts + (int64_t)rank * args.n + c) = make_float2(d[2 * i], d[2 * i + 1]);
+      int rank = 16 * (thread / 32) + lane / 4 + 8 * (i % 2), c = column + 8 * (i / 2) + 2 * (lane % 4);
+      if (rank < args.used && c < args.n) *(float2*)(parts + (int64_t)(64 * group + rank) * args.n + c) = make_float2(d[2 * i], d[2 * i + 1]);
     }
   }
 };
 
 __device__ __forceinline__ void sum(const SumArgs& args) {
+  take_turn();
   int64_t part = (int64_t)args.rows * args.n;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < args.ranks * args.n; i += gridDim.x * blockDim.x) {
     int rank = i / args.n, column = i % args.n;

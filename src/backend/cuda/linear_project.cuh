@@ -20,7 +20,7 @@ struct Adapter {
   float* h;         // [m, r], unscaled; null: not wanted
   uint16_t* terms;  // [m, width], at this adapter's first column: the terms of s h, `block` columns apart; null: not wanted
   int r, width, block;
-  int zeros;        // columns after the last term that this adapter clears
+  int zeros;        // columns after each block that this adapter clears
   float s;
 };
 
@@ -56,7 +56,7 @@ template <int N> struct Kernel {
       terms[to.block] = to_bf16(scaled - bf16_value(high));
       if (args.blocks == 3) terms[2 * to.block] = high;
       if (c == to.r - 1)
-        for (int zero = 1; zero <= to.zeros; zero++) terms[(args.blocks - 1) * to.block + zero] = 0;
+        for (int j = 0; j < args.blocks * to.zeros; j++) terms[j / to.zeros * to.block + j % to.zeros + 1] = 0;
     }
   }
 
@@ -73,6 +73,7 @@ template <int N> struct Kernel {
       barrier_init_done();
     }
     cluster_sync();
+    take_turn();
     Ring<STAGES> ring;
     if (threadIdx.x == 128) {
       for (int k = 0; k < args.tiles; k++, ring.advance()) {

@@ -1,12 +1,13 @@
 //! Linears that share an input, with their adapters, by the kernels for compute capability 9.0: each adapter is a segment of its base
 //! product's inner dimension, and h of all adapters takes one pass over x.
 
+use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
+use candle_core::{CudaStorage, DType, Device, Layout, Shape, Tensor};
 
 use super::device::{Gpu, Held, View, address, cuda_device, tensor, uninit};
 use super::fused_lora::{self, Size, with_last};
-use super::hopper::{AdapterFactors, Hopper, MOST, Matrix, Output, Projected, Segment, Terms};
+use super::hopper::{AdapterFactors, Hopper, MOST, Matrix, Output, Projected, Segment, Terms, block};
 use crate::Result;
 use crate::backend::custom_ops::fused_lora::Sink;
 use crate::backend::custom_ops::lora_linear::{Adapter, Part};
@@ -17,6 +18,14 @@ const OP: &str = "lora_linear";
 const ONE_PASS: usize = 16;
 /// The kernels count rows in 32 bits.
 const MOST_ROWS: usize = 1 << 30;
+
+/// Whether GPU `ordinal` has the compute capability of these kernels.
+///
+/// # Errors
+/// As [`super::check`].
+pub fn available(ordinal: usize) -> Result<bool> {
+    Ok(Gpu::of(&CudaDevice::new(ordinal)?)?.hopper)
+}
 
 /// A linear and its adapter as memory, without gaps. W is `[n, k]`, bias `[n]` bf16.
 #[derive(Clone, Copy)]
@@ -85,9 +94,19 @@ impl<'a> Call<'a> {
         Size { m: self.m, k: self.k, r, n }
     }
 
-    /// A bf16 matrix for terms.
-    fn terms(&self, rows: usize, columns: usize) -> Result<Tensor> {
-        Ok(tensor(uninit(self.device, &Shape::from((rows, columns)), DType::BF16)?, (rows, columns)))
+    /// Room for the terms of h or u of `ranks` ranks, `[m, blocks block]`.
+    fn columns(&self, ranks: usize) -> Result<Tensor> {
+        let shape = (self.m, self.blocks * block(ranks));
+        Ok(tensor(uninit(self.device, &Shape::from(shape), DType::BF16)?, shape))
+    }
+
+    /// Room for the terms of A or B of `ranks` ranks, `[blocks block, n]`; zero between the blocks.
+    fn rows(&self, ranks: usize, n: usize) -> Result<Tensor> {
+        let shape = (self.blocks * block(ranks), n);
+        if block(ranks) > ranks {
+            return Ok(Tensor::zeros(shape, DType::BF16, &Device::Cuda(self.device.clone()))?);
+        }
+        Ok(tensor(uninit(self.device, &Shape::from(shape), DType::BF16)?, shape))
     }
 }
 
@@ -187,19 +206,19 @@ fn project(call: &Call, hopper: &Hopper, x: View, parts: &[PartViews]) -> Result
             continue;
         };
         h.push(Some(tensor(uninit(call.device, &Shape::from((m, r)), DType::F32)?, (m, r))));
-        terms.push(Some(call.terms(m, Terms::width(r, blocks))?));
-        b_terms.push(Some(call.terms(blocks * r, part.n)?));
+        terms.push(Some(call.columns(r)?));
+        b_terms.push(Some(call.rows(r, part.n)?));
     }
     if call.ranks == 0 {
         return Ok((h, terms, b_terms));
     }
-    let a_terms = if call.dropped { None } else { Some(call.terms(blocks * call.ranks, k)?) };
+    let a_terms = if call.dropped { None } else { Some(call.rows(call.ranks, k)?) };
     write_adapter_terms(call, hopper, parts, a_terms.as_ref(), &b_terms)?;
     let mut projected = Vec::new();
     for ((part, h), terms) in parts.iter().zip(&h).zip(&terms) {
         let (Some(adapter), Some(h), Some(terms)) = (part.adapter, h, terms) else { continue };
         let AdapterViews { a, b, r, s, dropout } = adapter;
-        let terms = Terms { all: held(terms)?, from: 0, r, block: r, blocks };
+        let terms = Terms { all: held(terms)?, from: 0, r, ranks: r, blocks };
         let h = Held::of(OP, "h", h)?.view;
         if call.dropped {
             fused_lora::project_into(call.device, [x, a, b], dropout, call.size(r, part.n), h)?;
@@ -276,8 +295,8 @@ pub fn backward(x: &Tensor, parts: &[Part], wanted: &Wanted) -> Result<bool> {
     }
     let any_a = wanted.sinks.iter().any(|(da, _)| da.is_some());
     let terms = if call.ranks > 0 && (dx.is_some() || any_a) {
-        let u_terms = call.terms(m, Terms::width(call.ranks, call.blocks))?;
-        Some((u_terms, call.terms(call.blocks * call.ranks, k)?))
+        let u_terms = call.columns(call.ranks)?;
+        Some((u_terms, call.rows(call.ranks, k)?))
     } else {
         None
     };
@@ -337,7 +356,7 @@ fn output_side(
     for part in parts {
         let wide = part.adapter.filter(|adapter| terms.is_some() && adapter.r > ONE_PASS);
         b_terms.push(match wide {
-            Some(AdapterViews { r, .. }) => Some(call.terms(blocks * r, part.n)?),
+            Some(AdapterViews { r, .. }) => Some(call.rows(r, part.n)?),
             None => None,
         });
     }
@@ -349,7 +368,7 @@ fn output_side(
         let Some(AdapterViews { a, b, r, s, .. }) = part.adapter else { continue };
         let size = call.size(r, part.n);
         let u = match terms {
-            Some((u_terms, _)) => Some(Terms { all: held(u_terms)?, from, r, block: call.ranks, blocks }),
+            Some((u_terms, _)) => Some(Terms { all: held(u_terms)?, from, r, ranks: call.ranks, blocks }),
             None => None,
         };
         from += r;
@@ -376,8 +395,8 @@ fn output_side(
             hopper.project(g, held(b_terms)?.ptr, blocks, &[Projected { h: 0, terms: u, s }])?;
         }
         if let (Some(db), Some(h)) = (db, h) {
-            let h_terms = call.terms(m, Terms::width(r, blocks))?;
-            hopper.part_terms(h, 1, s, Terms { all: held(&h_terms)?, from: 0, r, block: r, blocks })?;
+            let h_terms = call.columns(r)?;
+            hopper.part_terms(h, 1, s, Terms { all: held(&h_terms)?, from: 0, r, ranks: r, blocks })?;
             hopper.outer(device, held(&h_terms)?, r, g, &[(0, r, Some(db.ptr))], false, wanted.add)?;
         }
     }
