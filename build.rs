@@ -8,7 +8,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-const SOURCES: [&str; 3] = ["fused_lora", "fused_lora_backward", "linear"];
+const SOURCES: [&str; 5] = ["fused_lora", "fused_lora_backward", "linear", "decoder", "attention"];
 /// Of these, those whose instructions only compute capability 9.0 has. Other GPUs take other ways.
 const HOPPER: [&str; 1] = ["linear"];
 

@@ -1,8 +1,9 @@
 //! What does a training step cost, and where does the time go?
 //!
-//! `cargo bench --bench train_step -- [--modules qv|all] [--steps N] [--tokens T] [--checkpoint]`: SmolLM2-135M's sizes with random
-//! weights, f32, rank 8, one row of T tokens (512), on the CPU. Prints tokens per second and peak memory of whole steps, then
-//! milliseconds a step by kind of op, each measured alone at the step's shapes, and the bare matrix products of the step for
+//! `cargo bench --bench train_step -- [--shape NAME] [--modules qv|all] [--rank R] [--steps N] [--batch ROWS] [--tokens T] [--checkpoint]
+//! [--device cpu|cuda]`: a model's sizes with random weights, f32 on the CPU and bf16 on a GPU, and rows of T tokens. Without more, one
+//! row of 512 tokens through SmolLM2-135M with rank 8 on the CPU. Prints tokens per second and peak memory of whole steps; on the CPU
+//! then milliseconds a step by kind of op, each measured alone at the step's shapes, and the bare matrix products of the step for
 //! scale. Times are medians.
 
 use std::collections::HashMap;
@@ -15,41 +16,57 @@ use metal_candle::backend::cpu::gemm::{Matrix, MatrixMut, gemm};
 use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::{Sink, attention, cross_entropy, fused_lora, linear, rms_norm, rope, swiglu};
-use metal_candle::models::ModelConfig;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, DropoutRound};
+use metal_candle::models::{ModelConfig, WeightDtype};
 use metal_candle::training::params::Params;
-
-const RANK: usize = 8;
 
 fn main() -> Result<()> {
     let options = Options::from_args();
     // As the program does.
     metal_candle::backend::cpu::memory::keep_freed();
-    let config = smollm2_135m();
+    let config = shape(&options.shape);
+    let device = if options.cuda { Device::new_cuda(0)? } else { Device::Cpu };
     println!(
-        "SmolLM2-135M, {} tokens, f32, rank {RANK} on {}, checkpointing {}; {}, {} threads, commit {}",
+        "{}, {} x {} tokens, {:?}, rank {} on {}, checkpointing {}; {}, {} threads, commit {}",
+        options.shape,
+        options.batch,
         options.tokens,
+        WeightDtype::Auto.on(&device),
+        options.rank,
         if options.all { "all seven linears" } else { "q and v" },
         if options.checkpoint { "every block" } else { "none" },
         processor(),
         rayon::current_num_threads(),
         commit(),
     );
-    let step = whole_steps(&config, &options)?;
-    by_op(&config, &options, step)
+    let step = whole_steps(&config, &options, &device)?;
+    if options.cuda { Ok(()) } else { by_op(&config, &options, step) }
 }
 
 struct Options {
     all: bool,
     checkpoint: bool,
+    cuda: bool,
+    shape: String,
+    rank: usize,
+    batch: usize,
     steps: usize,
     tokens: usize,
 }
 
 impl Options {
     fn from_args() -> Self {
-        let mut options = Self { all: false, checkpoint: false, steps: 3, tokens: 512 };
+        let mut options = Self {
+            all: false,
+            checkpoint: false,
+            cuda: false,
+            shape: "smollm2-135m".to_string(),
+            rank: 8,
+            batch: 1,
+            steps: 3,
+            tokens: 512,
+        };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             let mut number = || args.next().and_then(|value| value.parse().ok()).filter(|&number| number > 0);
@@ -57,6 +74,14 @@ impl Options {
                 "--bench" => {}
                 "--checkpoint" => options.checkpoint = true,
                 "--steps" => options.steps = number().unwrap_or_else(|| usage("--steps needs a number over 0")),
+                "--batch" => options.batch = number().unwrap_or_else(|| usage("--batch needs a number over 0")),
+                "--rank" => options.rank = number().unwrap_or_else(|| usage("--rank needs a number over 0")),
+                "--shape" => options.shape = args.next().unwrap_or_else(|| usage("--shape needs a name")),
+                "--device" => match args.next().as_deref() {
+                    Some("cpu") => options.cuda = false,
+                    Some("cuda") => options.cuda = true,
+                    _ => usage("--device is cpu or cuda"),
+                },
                 "--tokens" => options.tokens = number().unwrap_or_else(|| usage("--tokens needs a number over 0")),
                 "--modules" => match args.next().as_deref() {
                     Some("qv") => options.all = false,
@@ -71,47 +96,62 @@ impl Options {
 }
 
 fn usage(problem: &str) -> ! {
-    eprintln!("{problem}; usage: train_step [--modules qv|all] [--steps N] [--tokens T] [--checkpoint]");
+    eprintln!(
+        "{problem}; usage: train_step [--shape NAME] [--modules qv|all] [--rank R] [--steps N] [--batch ROWS] [--tokens T] \
+         [--checkpoint] [--device cpu|cuda]"
+    );
     std::process::exit(2)
 }
 
-fn smollm2_135m() -> ModelConfig {
+/// The sizes of a published model.
+fn shape(name: &str) -> ModelConfig {
+    // hidden, MLP, blocks, heads, key heads, vocabulary, tied.
+    let (family, sizes, tied) = match name {
+        "smollm2-135m" => ("llama", [576, 1536, 30, 9, 3, 49152], true),
+        "qwen2.5-0.5b" => ("qwen2", [896, 4864, 24, 14, 2, 151_936], true),
+        "llama-3.2-1b" => ("llama", [2048, 8192, 16, 32, 8, 128_256], true),
+        "llama-3.1-8b" => ("llama", [4096, 14336, 32, 32, 8, 128_256], false),
+        _ => usage("--shape is smollm2-135m, qwen2.5-0.5b, llama-3.2-1b or llama-3.1-8b"),
+    };
+    let [hidden, wide, blocks, heads, kv_heads, vocab] = sizes;
     let json = serde_json::json!({
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0, "tie_word_embeddings": true
+        "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": blocks,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0, "tie_word_embeddings": tied
     });
-    ModelConfig::from_value("SmolLM2-135M".as_ref(), &json).expect("the sizes above are those of a model")
+    ModelConfig::from_value(name.as_ref(), &json).expect("the sizes above are those of a model")
 }
 
 /// Seconds of a step: loss, gradients, norm, AdamW.
-fn whole_steps(config: &ModelConfig, options: &Options) -> Result<f64> {
-    let device = Device::Cpu;
+fn whole_steps(config: &ModelConfig, options: &Options, device: &Device) -> Result<f64> {
+    let dtype = WeightDtype::Auto.on(device);
     let mut weights = HashMap::new();
     for (name, shape) in config.weight_shapes() {
         let spread = if shape.len() == 1 { 0.0 } else { 1.0 / (shape[shape.len() - 1] as f64).sqrt() };
         let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
-        weights.insert(name, Tensor::randn(mean as f32, spread as f32, shape, &device)?);
+        let values = Tensor::randn(mean as f32, spread as f32, shape, device)?;
+        weights.insert(name, values.to_dtype(dtype)?);
     }
-    let mut decoder = Decoder::new(config, weights, &device)?;
+    let mut decoder = Decoder::new(config, weights, device)?;
     let wanted = |path: &str| options.all || path.ends_with("q_proj") || path.ends_with("v_proj");
     let targets: Vec<(String, (usize, usize))> =
         decoder.linears().filter(|(path, _)| wanted(path)).map(|(path, linear)| (path, linear.sizes())).collect();
     let mut initial = Vec::new();
     for (path, (k, n)) in &targets {
-        initial.push((format!("{path}.a"), Tensor::randn(0.0_f32, 0.02, (*k, RANK), &device)?));
-        initial.push((format!("{path}.b"), Tensor::randn(0.0_f32, 0.02, (RANK, *n), &device)?));
+        initial.push((format!("{path}.a"), Tensor::randn(0.0_f32, 0.02, (*k, options.rank), device)?));
+        initial.push((format!("{path}.b"), Tensor::randn(0.0_f32, 0.02, (options.rank, *n), device)?));
     }
-    let params = Params::new(&initial, &device)?;
+    let params = Params::new(&initial, device)?;
     let named = params.named()?;
     for (number, ((path, _), pair)) in targets.iter().zip(named.chunks_exact(2)).enumerate() {
         let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
         decoder.attach(path, Some(Adapter { a, b, scaling: 2.0, dropout: 0.0, number: number as u32 }))?;
     }
 
-    let tokens: Vec<u32> = (0..options.tokens as u32).map(|i| i * 7919 % config.vocab_size as u32).collect();
+    let count = options.batch * options.tokens;
+    let tokens: Vec<u32> = (0..count as u32).map(|i| i * 7919 % config.vocab_size as u32).collect();
     let targets = tokens.iter().map(|token| (token + 1) % config.vocab_size as u32).collect();
-    let batch = Batch { tokens, targets, lengths: vec![options.tokens] };
+    let batch = Batch { tokens, targets, lengths: vec![options.tokens; options.batch] };
     let checkpointing = if options.checkpoint { Checkpointing::EveryBlock } else { Checkpointing::None };
     let round = DropoutRound { seed: 0, round: 0 };
     let adamw = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
@@ -119,19 +159,36 @@ fn whole_steps(config: &ModelConfig, options: &Options) -> Result<f64> {
     for t in 1..=options.steps + 1 {
         let start = Instant::now();
         params.zero_gradients()?;
-        let pass = TrainPass { checkpointing, round, scale: 1.0 / options.tokens as f32 };
+        let pass = TrainPass { checkpointing, round, scale: 1.0 / count as f32 };
         let loss = decoder.loss_and_gradients(&batch, pass)?;
         let norm = params.gradient_norm()?;
         params.step(&adamw, 1.0, t)?;
+        device.synchronize()?;
         let now = start.elapsed().as_secs_f64();
-        println!("step {t}: {:.3} s, loss {:.4}, gradient norm {norm:.4}", now, loss.mean());
+        if t == 1 {
+            peak_gpu(device, true);
+        }
+        println!("step {t}: {:.4} s, loss {:.4}, gradient norm {norm:.4}", now, loss.mean());
         if t > 1 {
             seconds.push(now);
         }
     }
     let step = median(seconds);
-    println!("{:.0} tokens/s, peak resident {:.2} GB", options.tokens as f64 / step, peak_resident_gb());
+    println!("{:.0} tokens/s, peak resident {:.2} GB", count as f64 / step, peak_resident_gb());
+    if let Some(bytes) = peak_gpu(device, false) {
+        println!("peak on the GPU {:.2} GiB", bytes as f64 / (1_u64 << 30) as f64);
+    }
     Ok(step)
+}
+
+/// The most bytes of tensors on the GPU, since the last call with `reset`.
+fn peak_gpu(device: &Device, reset: bool) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return metal_candle::backend::cuda::peak_memory(device, reset).ok();
+    }
+    let _ = (device, reset);
+    None
 }
 
 /// Milliseconds a step of each kind of op, measured alone.
@@ -158,7 +215,7 @@ fn by_op(config: &ModelConfig, options: &Options, step: f64) -> Result<()> {
         (0.0, 0.0, 0.0, 0.0, 0.0);
     for (k, n, adapted) in linears {
         let (x, w, g) = (tensor(&[t, k])?, tensor(&[n, k])?, tensor(&[t, n])?);
-        let (a, b, dx) = (tensor(&[k, RANK])?, tensor(&[RANK, n])?, x.zeros_like()?);
+        let (a, b, dx) = (tensor(&[k, options.rank])?, tensor(&[options.rank, n])?, x.zeros_like()?);
         bare += layers * 2.0 * bare_product(t, n, k);
         base_forward += layers * time(|| linear::forward(&x, &w, None).map(drop))?;
         base_backward += layers * time(|| linear::backward(&x, &w, &g, Some(&dx), None, None))?;

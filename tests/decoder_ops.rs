@@ -4,9 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{
-    FLOATS, assert_close, assert_within, f64s, offset, random, relative_error, strided, tolerance, transposed,
-};
+use common::{FLOATS, assert_close, assert_within, f64s, offset, relative_error, strided, tolerance, transposed};
 use metal_candle::backend::custom_ops::adamw::{self, AdamW};
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
@@ -16,6 +14,38 @@ use metal_candle::backend::custom_ops::{
 use metal_candle::backend::reference;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
+
+/// Where the ops run: the CPU, or with `METAL_CANDLE_TEST_DEVICE=cuda` the first GPU.
+fn device() -> Device {
+    thread_local! {
+        static DEVICE: Device = match std::env::var("METAL_CANDLE_TEST_DEVICE").as_deref() {
+            Err(_) | Ok("cpu") => Device::Cpu,
+            Ok("cuda") => {
+                metal_candle::backend::cuda::check(0).unwrap();
+                Device::new_cuda(0).unwrap()
+            }
+            Ok(other) => panic!("METAL_CANDLE_TEST_DEVICE is {other}; cpu and cuda are known"),
+        };
+    }
+    DEVICE.with(Device::clone)
+}
+
+/// [`common::random`] on [`device`].
+fn random(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
+    common::random(shape, dtype, seed).to_device(&device()).unwrap()
+}
+
+/// [`cross_entropy::forward_backward`] with the loss read.
+fn loss_and_gradient(
+    hidden: &Tensor,
+    head: &Tensor,
+    targets: &[u32],
+    scale: f32,
+    dhead: Option<&Tensor>,
+) -> metal_candle::Result<(cross_entropy::Loss, Tensor)> {
+    let (loss, dhidden) = cross_entropy::forward_backward(hidden, head, targets, scale, dhead)?;
+    Ok((loss.read()?, dhidden))
+}
 
 /// Zeros off the tape, contiguous.
 fn zeros(like: &Tensor, dtype: DType) -> Tensor {
@@ -109,7 +139,7 @@ fn check_rope(tokens: usize, heads: usize, dim: usize, dtype: DType) {
     let angles: Vec<f32> = common::uniform(40 * dim / 2, 3).iter().map(|angle| 3.0 * angle).collect();
     let table = |f: fn(f32) -> f32| {
         let values: Vec<f32> = angles.iter().map(|&angle| f(angle)).collect();
-        Tensor::from_vec(values, (40, dim / 2), &Device::Cpu).unwrap()
+        Tensor::from_vec(values, (40, dim / 2), &device()).unwrap()
     };
     let (cos, sin) = (table(f32::cos), table(f32::sin));
     let positions: Vec<u32> = (0..tokens as u32).map(|token| token * 7 % 40).collect();
@@ -172,8 +202,8 @@ fn swiglu_agrees() {
     }
     check_swiglu(&[0, 4], DType::F32);
     // Where exp overflows and underflows.
-    let gate = Tensor::new(&[-300.0_f32, -89.0, 0.0, 89.0, 300.0], &Device::Cpu).unwrap();
-    let up = Tensor::ones(5, DType::F32, &Device::Cpu).unwrap();
+    let gate = Tensor::new(&[-300.0_f32, -89.0, 0.0, 89.0, 300.0], &device()).unwrap();
+    let up = Tensor::ones(5, DType::F32, &device()).unwrap();
     assert_eq!(swiglu::forward(&gate, &up).unwrap().to_vec1::<f32>().unwrap()[2..], [0.0, 89.0, 300.0]);
     assert!(swiglu::forward(&gate, &up).unwrap().to_vec1::<f32>().unwrap()[..2].iter().all(|y| y.abs() < 1e-35));
     assert_refused(swiglu::forward(&gate, &strided(&up)), "swiglu", "up");
@@ -289,9 +319,9 @@ fn attention_does_not_overflow() {
     let small = attention::forward(&(&q / 16.0).unwrap(), &k, &v, args).unwrap().0;
     assert_within("scores to a few hundred", &small, &want, 1e-4);
     // The first key has by far the largest score, and several tiles of keys follow it.
-    let q = Tensor::full(1.0_f32, (300, 1, 4), &Device::Cpu).unwrap();
+    let q = Tensor::full(1.0_f32, (300, 1, 4), &device()).unwrap();
     let small = (random(&[299, 1, 4], DType::F32, 4) * 0.1).unwrap();
-    let k = Tensor::cat(&[&Tensor::full(1e3_f32, (1, 1, 4), &Device::Cpu).unwrap(), &small], 0).unwrap();
+    let k = Tensor::cat(&[&Tensor::full(1e3_f32, (1, 1, 4), &device()).unwrap(), &small], 0).unwrap();
     let one = [Sequence { q_start: 0, q_len: 300, k_start: 0, k_len: 300 }];
     let args = AttentionArgs { sequences: &one, scale: 1.0, window: None };
     let (o, lse) = attention::forward(&q, &k, &k, args).unwrap();
@@ -312,7 +342,7 @@ fn check_cross_entropy(rows: usize, n: usize, vocab: usize, hidden_dtype: DType,
     assert_eq!(loss.count, count, "{what}");
     assert!((loss.sum - sum).abs() <= 1e-6 * sum.abs(), "{what}: {} is not {sum}", loss.sum);
     let dhead_sink = ones(&head, DType::F32);
-    let (again, got) = cross_entropy::forward_backward(&hidden, &head, &targets, scale, Some(&dhead_sink)).unwrap();
+    let (again, got) = loss_and_gradient(&hidden, &head, &targets, scale, Some(&dhead_sink)).unwrap();
     assert_eq!(again, loss, "{what}");
     assert_eq!(got.dtype(), hidden_dtype);
     assert_close(&format!("{what}: dhidden"), &got, &dhidden);
@@ -346,7 +376,7 @@ fn cross_entropy_agrees() {
     // Several chunks of rows and tiles of the vocabulary.
     check_cross_entropy(300, 4, 4099, DType::F32, DType::F32);
     let (hidden, head) = (random(&[3, 4], DType::F32, 1), random(&[5, 4], DType::F32, 2));
-    let none = cross_entropy::forward_backward(&hidden, &head, &[IGNORE; 3], 1.0, None).unwrap();
+    let none = loss_and_gradient(&hidden, &head, &[IGNORE; 3], 1.0, None).unwrap();
     assert_eq!((none.0.sum, none.0.count, none.0.mean()), (0.0, 0, 0.0));
     assert_eq!(f64s(&none.1), [0.0; 12]);
     let error = cross_entropy::forward(&hidden, &head, &[0, 5, 9]).unwrap_err().to_string();
@@ -359,7 +389,7 @@ fn cross_entropy_agrees() {
 fn cross_entropy_does_not_overflow() {
     let hidden = (random(&[4, 8], DType::F32, 1) * 1e4).unwrap();
     let head = random(&[9, 8], DType::F32, 2);
-    let (loss, dhidden) = cross_entropy::forward_backward(&hidden, &head, &[0, 1, 2, 3], 1.0, None).unwrap();
+    let (loss, dhidden) = loss_and_gradient(&hidden, &head, &[0, 1, 2, 3], 1.0, None).unwrap();
     assert!(loss.sum.is_finite() && loss.sum > 100.0, "{loss:?}");
     assert!(f64s(&dhidden).iter().all(|value| value.is_finite()));
 }
@@ -450,7 +480,7 @@ fn adamw_agrees_over_steps() {
         let got = adamw::squared_norm(&offset(&grads)).unwrap();
         assert!((got - norm).abs() <= 1e-12 * norm, "{got} is not {norm}");
     }
-    let bad = Tensor::new(&[1.0_f32, f32::NAN, 2.0], &Device::Cpu).unwrap();
+    let bad = Tensor::new(&[1.0_f32, f32::NAN, 2.0], &device()).unwrap();
     assert!(adamw::squared_norm(&bad).unwrap().is_nan());
     assert_eq!(adamw::squared_norm(&bad.narrow(0, 0, 0).unwrap()).unwrap(), 0.0);
     assert!(
@@ -470,7 +500,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let (o, lse) = attention::forward(&q, &k, &k, args).unwrap();
         let (dq, dk, dv) = attention::backward(&q, &k, &k, &o, &lse, &q, args).unwrap();
         let (x, w, targets) = (random(&[170, 128], dtype, 3), random(&[600, 128], dtype, 4), [7; 170]);
-        let (loss, dx) = cross_entropy::forward_backward(&x, &w, &targets, 1.0, None).unwrap();
+        let (loss, dx) = loss_and_gradient(&x, &w, &targets, 1.0, None).unwrap();
         let (y, rstd) = rms_norm::forward(&x, &random(&[128], dtype, 5), 1e-5).unwrap();
         let (dx_norm, dweight) = (zeros(&x, dtype), zeros(&random(&[128], dtype, 5), dtype));
         rms_norm::backward(&x, &random(&[128], dtype, 5), &rstd, &y, &dx_norm, Some(&dweight)).unwrap();

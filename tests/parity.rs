@@ -18,24 +18,39 @@ use metal_candle::training::params::Params;
 const MODELS: [&str; 5] = ["llama", "llama_linear", "mistral", "qwen2", "qwen3"];
 const TOLERANCE: f64 = 1e-4;
 
+/// The CPU, and a GPU where this build and this machine have one.
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if metal_candle::backend::cuda::check(0).is_ok() {
+        devices.push(Device::new_cuda(0).unwrap());
+    }
+    devices
+}
+
+fn cases() -> Vec<(&'static str, Device)> {
+    let all = devices().into_iter();
+    all.flat_map(|device| MODELS.map(|name| (name, device.clone()))).collect()
+}
+
 struct Fixture {
+    device: Device,
     folder: PathBuf,
     json: serde_json::Value,
     tensors: HashMap<String, Tensor>,
 }
 
 impl Fixture {
-    fn open(name: &str) -> Self {
+    fn open(name: &str, device: &Device) -> Self {
         let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
         let json = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
         let tensors = candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap();
-        Self { folder, json, tensors }
+        Self { device: device.clone(), folder, json, tensors }
     }
 
     fn decoder(&self) -> Decoder {
         let config = ModelConfig::from_json(&self.folder.join("config.json")).unwrap();
-        let weights = weights::load(&self.folder, &config, DType::F32, &Device::Cpu).unwrap();
-        Decoder::new(&config, weights, &Device::Cpu).unwrap()
+        let weights = weights::load(&self.folder, &config, DType::F32, &self.device).unwrap();
+        Decoder::new(&config, weights, &self.device).unwrap()
     }
 
     fn batch(&self) -> Batch {
@@ -64,7 +79,7 @@ impl Fixture {
                 [(format!("{module}.lora_A.weight"), a.clone()), (format!("{module}.lora_B.weight"), b.clone())]
             })
             .collect();
-        let params = Params::new(&initial, &Device::Cpu).unwrap();
+        let params = Params::new(&initial, &self.device).unwrap();
         let mut decoder = self.decoder();
         for (module, pair) in file.tensors.keys().zip(params.named().unwrap().chunks_exact(2)) {
             let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
@@ -100,8 +115,8 @@ fn close(what: &str, got: f64, want: f64) {
 
 #[test]
 fn logits_gradients_and_three_steps() {
-    for name in MODELS {
-        let fixture = Fixture::open(name);
+    for (name, device) in cases() {
+        let fixture = Fixture::open(name, &device);
         let (decoder, params) = fixture.with_adapter();
         let batch = fixture.batch();
         let logits = distance(&decoder.logits(&batch).unwrap(), &fixture.tensors["logits"]);
@@ -129,18 +144,18 @@ fn logits_gradients_and_three_steps() {
             let error = distance(&parameter.value, &want);
             assert!(error < TOLERANCE, "{name}: after three steps {tensor} differs by {error}");
         }
-        println!("{name}: logits within {logits:.1e}, gradients within {worst:.1e}");
+        println!("{name} on {:?}: logits within {logits:.1e}, gradients within {worst:.1e}", device.location());
     }
 }
 
 #[test]
 fn every_weight_gets_its_gradient_in_full_fine_tuning() {
-    for name in MODELS {
-        let fixture = Fixture::open(name);
+    for (name, device) in cases() {
+        let fixture = Fixture::open(name, &device);
         let mut decoder = fixture.decoder();
         let initial: Vec<(String, Tensor)> =
             decoder.parameters_mut().into_iter().map(|(name, slot)| (name, slot.value.clone())).collect();
-        let params = Params::new(&initial, &Device::Cpu).unwrap();
+        let params = Params::new(&initial, &fixture.device).unwrap();
         for ((_, slot), (_, trained)) in decoder.parameters_mut().into_iter().zip(params.named().unwrap()) {
             *slot = trained;
         }
@@ -159,8 +174,8 @@ fn every_weight_gets_its_gradient_in_full_fine_tuning() {
 
 #[test]
 fn checkpointing_gives_the_same_bits() {
-    for name in MODELS {
-        let fixture = Fixture::open(name);
+    for (name, device) in cases() {
+        let fixture = Fixture::open(name, &device);
         let (decoder, params) = fixture.with_adapter();
         let batch = fixture.batch();
         let gradients = |checkpointing| {
@@ -174,11 +189,11 @@ fn checkpointing_gives_the_same_bits() {
 
 #[test]
 fn a_cache_gives_the_same_logits() {
-    for name in MODELS {
-        let fixture = Fixture::open(name);
+    for (name, device) in cases() {
+        let fixture = Fixture::open(name, &device);
         let (decoder, _) = fixture.with_adapter();
         let batch = fixture.batch();
-        let mut cache = metal_candle::inference::KvCache::new(&decoder.config, DType::F32, &Device::Cpu).unwrap();
+        let mut cache = metal_candle::inference::KvCache::new(&decoder.config, DType::F32, &device).unwrap();
         let length = batch.lengths[0];
         let mut done = 0;
         for count in [3, 1, 1, length - 5] {

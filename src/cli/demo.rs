@@ -4,7 +4,6 @@
 use std::fs;
 use std::path::Path;
 
-use candle_core::DType;
 use metal_candle::inference::score::{Answer, answers};
 use metal_candle::models::ModelFiles;
 use metal_candle::models::decoder::Decoder;
@@ -100,7 +99,8 @@ fn score(settings: &Settings, trained: bool) -> Result<Vec<Answer>> {
     let full = settings.trainer.fine_tune_type == FineTuneType::Full;
     let folder = if trained && full { settings.run.adapter_path.clone() } else { base };
     let model = ModelFiles::open(&folder.display().to_string())?;
-    let mut decoder = Decoder::new(&model.config, model.weights(DType::F32, &device)?, &device)?;
+    let mut decoder =
+        Decoder::new(&model.config, model.weights(settings.trainer.weight_dtype(&device), &device)?, &device)?;
     if trained && !full {
         AdapterFile::load(&settings.run.adapter_path)?.attach(&mut decoder, &device)?;
     }

@@ -1,7 +1,9 @@
-//! `--device`: which device, and what this build lacks for another.
+//! `--device` and `--dtype`: which device, what this build lacks for another, and what weights are held in there.
 
 use candle_core::Device;
 use clap::ValueEnum;
+use metal_candle::backend::cuda;
+use metal_candle::models::WeightDtype;
 use metal_candle::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -25,19 +27,46 @@ impl DeviceKind {
     pub fn open(self) -> Result<Device> {
         let missing = |device: &str, problem: String| Error::Device { device: device.to_string(), problem };
         match self {
-            // The decoder's ops have CPU kernels only, so that is the best there is.
+            Self::Auto if cuda::check(0).is_ok() => Ok(Device::new_cuda(0)?),
             Self::Auto | Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda if !cfg!(feature = "cuda") => {
-                Err(missing("cuda", "this program was built without CUDA; build it with --features cuda".to_string()))
+            Self::Cuda => {
+                cuda::check(0)?;
+                Ok(Device::new_cuda(0)?)
             }
             Self::Metal if !cfg!(target_vendor = "apple") => {
                 Err(missing("metal", "this program was not built for an Apple machine".to_string()))
             }
-            Self::Cuda | Self::Metal => {
-                let device = if self == Self::Cuda { "cuda" } else { "metal" };
+            Self::Metal => {
                 let lacking = "attention, norms and the loss have no kernels for it yet, so models run on the CPU only";
-                Err(missing(device, format!("{lacking}; the LoRA ops of the library do run there. Use --device cpu")))
+                Err(missing("metal", format!("{lacking}; the LoRA ops of the library do run there. Use --device cpu")))
             }
+        }
+    }
+}
+
+/// What weights are held in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DtypeKind {
+    /// bf16 on a GPU, f32 on the CPU
+    #[default]
+    Auto,
+    /// 32 bits
+    F32,
+    /// 16 bits with the range of f32
+    Bf16,
+    /// 16 bits with more digits and less range
+    F16,
+}
+
+impl DtypeKind {
+    /// The library's form of it.
+    pub fn weights(self) -> WeightDtype {
+        match self {
+            Self::Auto => WeightDtype::Auto,
+            Self::F32 => WeightDtype::F32,
+            Self::Bf16 => WeightDtype::Bf16,
+            Self::F16 => WeightDtype::F16,
         }
     }
 }

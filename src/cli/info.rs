@@ -40,7 +40,7 @@ fn machine() {
     row("threads", &rayon::current_num_threads().to_string());
     row("vectors", vectors());
     row("cpu", "trains and generates");
-    let cuda = cuda::check(0).map(|()| "runs the LoRA ops; models run on the CPU".to_string());
+    let cuda = cuda::check(0).map(|()| "trains and generates".to_string());
     row("cuda", &cuda.unwrap_or_else(|error| error.to_string()));
     let metal = cfg!(all(target_vendor = "apple", feature = "custom-metal"));
     row(

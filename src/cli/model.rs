@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use candle_core::DType;
 use clap::Args;
 use metal_candle::inference::Sampling;
 use metal_candle::models::ModelFiles;
@@ -10,7 +9,7 @@ use metal_candle::models::decoder::Decoder;
 use metal_candle::training::adapter::AdapterFile;
 use metal_candle::{Error, Result};
 
-use super::device::DeviceKind;
+use super::device::{DeviceKind, DtypeKind};
 
 /// Which model, which adapter, where.
 #[derive(Args)]
@@ -24,6 +23,9 @@ pub struct ModelArgs {
     /// Where to compute
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceKind,
+    /// What the weights are held in; auto: bf16 on a GPU, f32 on the CPU
+    #[arg(long, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
+    pub dtype: DtypeKind,
 }
 
 impl ModelArgs {
@@ -32,7 +34,8 @@ impl ModelArgs {
         let device = self.device.open()?;
         let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
         let files = ModelFiles::open(&self.name(adapter.as_ref())?)?;
-        let mut decoder = Decoder::new(&files.config, files.weights(DType::F32, &device)?, &device)?;
+        let mut decoder =
+            Decoder::new(&files.config, files.weights(self.dtype.weights().on(&device), &device)?, &device)?;
         if let Some(adapter) = adapter {
             adapter.attach(&mut decoder, &device)?;
         }

@@ -15,7 +15,7 @@ use metal_candle::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::device::DeviceKind;
+use super::device::{DeviceKind, DtypeKind};
 use super::display::Display;
 use super::settings::Settings;
 use super::{Outcome, demo};
@@ -63,6 +63,10 @@ struct Flags {
     #[arg(long, value_name = "DEVICE", help_heading = "Model and data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<DeviceKind>,
+    /// What the frozen weights are held in; auto: bf16 on a GPU, f32 on the CPU [default: auto]
+    #[arg(long, value_name = "DTYPE", help_heading = "Model and data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dtype: Option<DtypeKind>,
 
     /// Train adapters or all weights [default: lora]
     #[arg(long, value_name = "TYPE", help_heading = "Adapter")]

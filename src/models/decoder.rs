@@ -178,7 +178,7 @@ impl Decoder {
         if let Some(grad) = &self.embedding.grad {
             embedding::backward(&batch.tokens, &g, grad)?;
         }
-        Ok(loss)
+        loss.read()
     }
 
     /// Runs `tokens` after those in the cache, appends their keys and values to it, and returns the logits of the last

@@ -15,6 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 pub use chat_template::Message;
 pub use config::{ModelConfig, RopeScaling};
@@ -22,6 +23,33 @@ pub use hub::Hub;
 pub use tokenizer::TextTokenizer;
 
 use crate::{Error, Result};
+
+/// What frozen weights, and with them the activations, are held in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightDtype {
+    /// bf16 on a GPU, f32 on the CPU.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// 16 bits with the range of f32.
+    Bf16,
+    /// 16 bits with more digits and less range.
+    F16,
+}
+
+impl WeightDtype {
+    /// The dtype on a device.
+    pub fn on(self, device: &Device) -> DType {
+        match self {
+            Self::Auto if device.is_cpu() => DType::F32,
+            Self::F32 => DType::F32,
+            Self::Auto | Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
 
 /// A model's files, with what is small of them read.
 #[derive(Debug)]

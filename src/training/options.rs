@@ -1,8 +1,10 @@
 //! What a training run can be told.
 
+use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use super::schedule::{Schedule, ScheduleKind};
+use crate::models::WeightDtype;
 use crate::{Error, Result};
 
 /// What is trained.
@@ -22,6 +24,8 @@ pub enum FineTuneType {
 pub struct TrainerOptions {
     /// Adapters or all weights.
     pub fine_tune_type: FineTuneType,
+    /// What the frozen weights are held in; adapters and the optimizer are f32.
+    pub dtype: WeightDtype,
     /// r of the adapters.
     pub rank: usize,
     /// The adapters' scaling is alpha / rank.
@@ -70,6 +74,7 @@ impl Default for TrainerOptions {
     fn default() -> Self {
         Self {
             fine_tune_type: FineTuneType::Lora,
+            dtype: WeightDtype::Auto,
             rank: 8,
             alpha: 16.0,
             dropout: 0.0,
@@ -129,8 +134,19 @@ impl TrainerOptions {
         for (name, value) in [("num_layers", self.num_layers), ("val_batches", self.val_batches)] {
             refuse(value < -1 || value == 0, format!("{name} is {value}; it must be 1 or more, or -1 for all"));
         }
+        let half = matches!(self.dtype, WeightDtype::Bf16 | WeightDtype::F16);
+        let full = self.fine_tune_type == FineTuneType::Full;
+        refuse(full && half, "dtype is a 16-bit one; all weights are trained in f32".to_string());
         refuse(self.target_modules.is_empty(), "target_modules is empty; name at least one linear".to_string());
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }
+    }
+
+    /// What the weights are held in on a device.
+    pub fn weight_dtype(&self, device: &Device) -> DType {
+        match self.fine_tune_type {
+            FineTuneType::Lora => self.dtype.on(device),
+            FineTuneType::Full => DType::F32,
+        }
     }
 
     /// The number of optimizer steps over a dataset of `rows` rows.

@@ -166,7 +166,7 @@ impl<'a> Trainer<'a> {
             let advice = "continue it with --resume, or choose another --adapter-path";
             return Err(Error::file(adapter_path, format!("holds the checkpoints of an earlier run; {advice}")));
         }
-        let weights = model.weights(DType::F32, device)?;
+        let weights = model.weights(options.weight_dtype(device), device)?;
         let fingerprint = model_fingerprint(&weights)?;
         let mut decoder = Decoder::new(&model.config, weights, device)?;
         let params = match options.fine_tune_type {
@@ -494,7 +494,7 @@ fn model_fingerprint(weights: &HashMap<String, Tensor>) -> Result<Fingerprint> {
     let mut fingerprint = Fingerprint::default();
     for name in names {
         let flat = weights[name].flatten_all()?;
-        let first = flat.narrow(0, 0, flat.elem_count().min(64))?.to_vec1::<f32>()?;
+        let first = flat.narrow(0, 0, flat.elem_count().min(64))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         fingerprint.add(name.bytes().chain(first.into_iter().flat_map(f32::to_le_bytes)));
     }
     Ok(fingerprint)

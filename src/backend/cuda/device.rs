@@ -1,6 +1,6 @@
 //! A GPU's kernels and limits, found once a process, and the launch.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
@@ -15,10 +15,12 @@ use super::linear::Products;
 use crate::{Error, Result};
 
 /// The compiled sources, in the order of [`Module`].
-const IMAGES: [&[u8]; 3] = [
+const IMAGES: [&[u8]; 5] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/decoder.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
 ];
 const MAX_GPUS: usize = 64;
 
@@ -37,6 +39,7 @@ pub(super) struct Gpu {
     /// Whether the module `Linear` is there: its instructions are those of compute capability 9.0 alone.
     pub hopper: bool,
     products: Mutex<Products>,
+    uploads: Mutex<VecDeque<(Vec<u32>, Arc<CudaSlice<u32>>)>>,
 }
 
 // SAFETY: the handles belong to the context, not to a thread, and are only read; `products` is behind a mutex.
@@ -51,7 +54,41 @@ pub(super) enum Module {
     FusedLoraBackward,
     /// For compute capability 9.0 only; see [`Gpu::hopper`].
     Linear,
+    /// The decoder's small ops.
+    Decoder,
+    Attention,
 }
+
+/// The kernel `<op>_<dtype>` of a module.
+macro_rules! typed {
+    ($module:ident, $op:literal, $dtype:expr) => {
+        $crate::backend::cuda::device::Kernel::Named(
+            $crate::backend::cuda::device::Module::$module,
+            match $dtype {
+                candle_core::DType::BF16 => concat!($op, "_bf16"),
+                candle_core::DType::F16 => concat!($op, "_f16"),
+                _ => concat!($op, "_f32"),
+            },
+        )
+    };
+}
+/// The kernel `<op>_<dtype>_<8 or 1 elements an access>` of the module `Decoder`.
+macro_rules! wide {
+    ($op:literal, $dtype:expr, $wide:expr) => {
+        $crate::backend::cuda::device::Kernel::Named(
+            $crate::backend::cuda::device::Module::Decoder,
+            match ($dtype, $wide) {
+                (candle_core::DType::BF16, true) => concat!($op, "_bf16_8"),
+                (candle_core::DType::BF16, false) => concat!($op, "_bf16_1"),
+                (candle_core::DType::F16, true) => concat!($op, "_f16_8"),
+                (candle_core::DType::F16, false) => concat!($op, "_f16_1"),
+                (_, true) => concat!($op, "_f32_8"),
+                (_, false) => concat!($op, "_f32_1"),
+            },
+        )
+    };
+}
+pub(super) use {typed, wide};
 
 /// A kernel's name, as an instance's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -162,12 +199,33 @@ impl Gpu {
             dependent_launch: major >= 9,
             hopper,
             products: Mutex::new(Products::new()?),
+            uploads: Mutex::default(),
             context: context.clone(),
         })
     }
 
     pub fn products(&self) -> Result<MutexGuard<'_, Products>> {
         self.products.lock().map_err(|_| failed("a thread panicked in cuBLASLt".to_string()))
+    }
+
+    /// `values` in the GPU's memory. What the layers of a pass share, as positions, is copied once: the last few arrays are kept.
+    pub fn upload(&self, device: &CudaDevice, values: &[u32]) -> Result<Arc<CudaSlice<u32>>> {
+        const KEPT: usize = 8;
+        let mut uploads = self.uploads.lock().map_err(|_| failed("a thread panicked in a copy".to_string()))?;
+        if let Some((_, there)) = uploads.iter().find(|(known, _)| known == values) {
+            return Ok(there.clone());
+        }
+        // An empty slice has no memory; a kernel that gets none reads none.
+        let padded = if values.is_empty() { &[0] } else { values };
+        let there = Arc::new(device.clone_htod(padded)?);
+        uploads.push_front((values.to_vec(), there.clone()));
+        uploads.truncate(KEPT);
+        Ok(there)
+    }
+
+    /// Blocks of 256 threads for `items` items, a few a multiprocessor at most.
+    pub fn blocks(&self, items: usize) -> [usize; 2] {
+        [items.div_ceil(256).clamp(1, 16 * self.sms), 1]
     }
 
     /// Makes the context current on this thread, as every driver call needs.
@@ -247,6 +305,23 @@ impl Gpu {
     }
 }
 
+/// See [`super::peak_memory`].
+pub(super) fn peak_memory(device: &CudaDevice, reset: bool) -> Result<u64> {
+    let gpu = Gpu::of(device)?;
+    gpu.bind()?;
+    let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    let (mut pool, mut bytes, mut zero) = (std::ptr::null_mut(), 0_u64, 0_u64);
+    // SAFETY: the device is valid, the attribute is of 64 bits, and the pointers live through the calls.
+    unsafe {
+        sys::cuDeviceGetDefaultMemPool(&mut pool, gpu.context.cu_device()).result().map_err(driver)?;
+        sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()).result().map_err(driver)?;
+        if reset {
+            sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut zero).cast()).result().map_err(driver)?;
+        }
+    }
+    Ok(bytes)
+}
+
 /// Contiguous memory on a GPU, of one dtype.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct View {
@@ -258,7 +333,10 @@ impl View {
     /// The memory behind `layout`, which must be contiguous.
     pub fn of(op: &'static str, name: &str, storage: &CudaStorage, layout: &Layout) -> Result<Self> {
         if !layout.is_contiguous() {
-            return Err(Error::op(op, format!("{name} {:?} must be contiguous", layout.dims())));
+            return Err(Error::op(
+                op,
+                format!("{name} {:?} is not contiguous; call contiguous() on it first", layout.dims()),
+            ));
         }
         let stream = storage.device.cuda_stream();
         let start = match &storage.slice {

@@ -151,6 +151,14 @@ pub fn backward(
     Ok(())
 }
 
+/// `to = x Wᵀ` in f32, whatever the dtypes of x `[m, k]` and W `[n, k]`.
+pub(super) fn logits(x: &Tensor, w: &Tensor, to: View, sizes: [usize; 3]) -> Result<()> {
+    let dtype = if x.dtype() == w.dtype() { x.dtype() } else { DType::F32 };
+    let (x, w) = (x.to_dtype(dtype)?.contiguous()?, w.to_dtype(dtype)?.contiguous()?);
+    let device = cuda_device(OP, &x)?;
+    multiply_w(device, Held::of(OP, "x", &x)?.view, Held::of(OP, "w", &w)?.view, None, to, false, sizes)
+}
+
 /// `dx (+)= g W`.
 pub(super) fn input_gradient(w: &Tensor, g: &Tensor, dx: &Tensor, add: bool, [m, k, n]: [usize; 3]) -> Result<()> {
     let dtype = if w.dtype() == g.dtype() { g.dtype() } else { DType::F32 };

@@ -1,10 +1,18 @@
-//! The LoRA ops on NVIDIA GPUs of compute capability 8.0 and up, with the feature `cuda`.
+//! The ops on NVIDIA GPUs of compute capability 8.0 and up, with the feature `cuda`.
 //!
 //! Our kernels (`*.cuh`, instances in `*.cu`) make the adapter's products; cuBLASLt makes the base's. An op costs its outputs'
 //! and its scratch's allocation and its launches: no event, no synchronisation. [`paths`] lists what runs fast.
 
 #[cfg(feature = "cuda")]
+pub(crate) mod adamw;
+#[cfg(feature = "cuda")]
+pub(crate) mod attention;
+#[cfg(feature = "cuda")]
+pub(crate) mod cross_entropy;
+#[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+pub(crate) mod embedding;
 #[cfg(feature = "cuda")]
 pub mod fused_lora;
 #[cfg(feature = "cuda")]
@@ -15,13 +23,31 @@ pub mod linear;
 pub mod lora_linear;
 mod paths;
 #[cfg(feature = "cuda")]
+pub(crate) mod rms_norm;
+#[cfg(feature = "cuda")]
+pub(crate) mod rope;
+#[cfg(feature = "cuda")]
 pub mod shared_linear;
+#[cfg(feature = "cuda")]
+pub(crate) mod swiglu;
 
 pub use paths::{Path, paths};
 
 /// Whether this build has kernels for `device`.
 pub fn takes(device: &candle_core::Device) -> bool {
     cfg!(feature = "cuda") && device.is_cuda()
+}
+
+/// The most bytes that tensors on this GPU have had at a time, since the start or the last call with `reset`.
+///
+/// # Errors
+/// Where `device` is no GPU of this build.
+#[cfg(feature = "cuda")]
+pub fn peak_memory(device: &candle_core::Device, reset: bool) -> crate::Result<u64> {
+    match device {
+        candle_core::Device::Cuda(device) => device::peak_memory(device, reset),
+        _ => Err(device::failed("the device is no GPU".to_string())),
+    }
 }
 
 /// Fails where `ordinal` has no GPU that the kernels run on; the error says what is missing.

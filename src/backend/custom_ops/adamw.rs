@@ -8,6 +8,8 @@ use candle_core::{DType, Tensor};
 
 use super::check::{expect_dtype, on_cpu, shape};
 use crate::backend::cpu::{self, update, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "adamw";
@@ -29,7 +31,6 @@ pub struct AdamW {
 
 /// One step in place. `grad_scale` multiplies the gradients first (clipping, or 1); `t` counts steps from 1.
 pub fn step(block: &Tensor, grads: &Tensor, grad_scale: f32, t: usize, adamw: &AdamW) -> Result<()> {
-    on_cpu(OP, &[block, grads])?;
     let n = grads.elem_count();
     shape(OP, "grads", grads, &[n])?;
     shape(OP, "block", block, &[3, n])?;
@@ -52,6 +53,12 @@ pub fn step(block: &Tensor, grads: &Tensor, grad_scale: f32, t: usize, adamw: &A
         root_correction2: (1.0 - power(beta2)).sqrt() as f32,
         epsilon: epsilon as f32,
     };
+    expect_dtype(OP, "grads", grads, DType::F32)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(block.device()) {
+        return cuda::adamw::step(block, grads, constants);
+    }
+    on_cpu(OP, &[block, grads])?;
     let grads = view::<f32>(OP, "grads", grads)?;
     update::<f32, _>(OP, "block", block, |block| {
         let (values, moments) = block.split_at_mut(n);
@@ -64,6 +71,11 @@ pub fn step(block: &Tensor, grads: &Tensor, grad_scale: f32, t: usize, adamw: &A
 /// The sum of squares of contiguous f32 `grads`, in f64 and with the same bits whatever the number of threads. Where a
 /// gradient is not finite, neither is the result.
 pub fn squared_norm(grads: &Tensor) -> Result<f64> {
+    expect_dtype(OP, "grads", grads, DType::F32)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(grads.device()) {
+        return cuda::adamw::squared_norm(grads);
+    }
     on_cpu(OP, &[grads])?;
     Ok(cpu::adamw::squared_norm(&view::<f32>(OP, "grads", grads)?))
 }

@@ -17,6 +17,8 @@ use super::tape::record;
 use crate::backend::cpu::attention::Sizes;
 use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::{self, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "attention";
@@ -57,8 +59,12 @@ pub struct AttentionArgs<'a> {
 
 /// `(o [Tq, Hq, D], lse [Tq, Hq] f32)` of contiguous `q`, `k`, `v`.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Result<(Tensor, Tensor)> {
-    on_cpu(OP, &[q, k, v])?;
     let sizes = check(q, k, v, args)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(q.device()) {
+        return cuda::attention::forward(q, k, v, args);
+    }
+    on_cpu(OP, &[q, k, v])?;
     let (held_q, k, v) = (Held::of(OP, "q", q)?, Held::of(OP, "k", k)?, Held::of(OP, "v", v)?);
     let (o, lse) = cpu::attention::forward(held_q.floats(), k.floats(), v.floats(), sizes, args);
     Ok((tensor_of(o, q.shape(), q.dtype())?, tensor_of(lse, &q.dims()[..2], DType::F32)?))
@@ -74,11 +80,17 @@ pub fn backward(
     g: &Tensor,
     args: AttentionArgs,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    on_cpu(OP, &[q, k, v, o, lse, g])?;
     let sizes = check(q, k, v, args)?;
     shape(OP, "o", o, q.dims())?;
     shape(OP, "g", g, q.dims())?;
     shape(OP, "lse", lse, &q.dims()[..2])?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(q.device()) {
+        expect_dtype(OP, "o", o, q.dtype())?;
+        expect_dtype(OP, "g", g, q.dtype())?;
+        return cuda::attention::backward(q, k, v, o, lse, g, args);
+    }
+    on_cpu(OP, &[q, k, v, o, lse, g])?;
     let [q_held, k_held, v_held, o, g] = [
         Held::of(OP, "q", q)?,
         Held::of(OP, "k", k)?,

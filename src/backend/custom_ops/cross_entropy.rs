@@ -14,6 +14,8 @@ use super::tape::record;
 use crate::backend::cpu::cross_entropy::Problem;
 use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::update;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "cross_entropy";
@@ -37,10 +39,55 @@ impl Loss {
     }
 }
 
+/// A loss that may still be under way on a GPU. Reading it waits for what was asked of the GPU until then, so it is best read after
+/// the backward pass was asked for too.
+#[derive(Debug)]
+pub struct Pending {
+    sum: Sum,
+    count: usize,
+}
+
+#[derive(Debug)]
+enum Sum {
+    Ready(f64),
+    /// Of each row, f32.
+    #[cfg(feature = "cuda")]
+    Rows(Tensor),
+}
+
+impl Pending {
+    pub(crate) fn ready(sum: f64, count: usize) -> Self {
+        Self { sum: Sum::Ready(sum), count }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(rows: Tensor, count: usize) -> Self {
+        Self { sum: Sum::Rows(rows), count }
+    }
+
+    /// The loss.
+    ///
+    /// # Errors
+    /// What went wrong on the GPU.
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
+    pub fn read(self) -> Result<Loss> {
+        let sum = match self.sum {
+            Sum::Ready(sum) => sum,
+            #[cfg(feature = "cuda")]
+            Sum::Rows(rows) => cuda::cross_entropy::sum(&rows)?,
+        };
+        Ok(Loss { sum, count: self.count })
+    }
+}
+
 /// The loss alone.
 pub fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Loss> {
-    on_cpu(OP, &[hidden, head])?;
     let counted = check(hidden, head, targets)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(hidden.device()) {
+        return cuda::cross_entropy::run(hidden, head, targets, &counted, None, None)?.0.read();
+    }
+    on_cpu(OP, &[hidden, head])?;
     let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
     let sum = problem(&held, &held_head, targets, &counted, head.dims()[1]).loss();
     Ok(Loss { sum, count: counted.len() })
@@ -54,14 +101,19 @@ pub fn forward_backward(
     targets: &[u32],
     scale: f32,
     dhead: Option<&Tensor>,
-) -> Result<(Loss, Tensor)> {
-    on_cpu(OP, &[hidden, head])?;
+) -> Result<(Pending, Tensor)> {
     let counted = check(hidden, head, targets)?;
     if let Some(dhead) = dhead {
-        on_cpu(OP, &[dhead])?;
         shape(OP, "dhead", dhead, head.dims())?;
         expect_dtype(OP, "dhead", dhead, DType::F32)?;
     }
+    #[cfg(feature = "cuda")]
+    if cuda::takes(hidden.device())
+        && let (loss, Some(dhidden)) = cuda::cross_entropy::run(hidden, head, targets, &counted, Some(scale), dhead)?
+    {
+        return Ok((loss, dhidden));
+    }
+    on_cpu(OP, &[hidden, head])?;
     let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
     let problem = problem(&held, &held_head, targets, &counted, head.dims()[1]);
     let (sum, dhidden) = match dhead {
@@ -70,7 +122,7 @@ pub fn forward_backward(
             update::<f32, _>(OP, "dhead", dhead, |dhead| Ok(problem.loss_and_gradients(scale, Some(dhead))))?
         }
     };
-    Ok((Loss { sum, count: counted.len() }, tensor_of(dhidden, hidden.shape(), hidden.dtype())?))
+    Ok((Pending::ready(sum, counted.len()), tensor_of(dhidden, hidden.shape(), hidden.dtype())?))
 }
 
 /// The mean over the counted rows, f32 `[]`, on Candle's tape, with the gradient for `hidden` only. Any layout.
@@ -84,7 +136,9 @@ pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<
     let count = targets.iter().filter(|&&target| target != IGNORE).count();
     let scale = 1.0 / count.max(1) as f32;
     let (loss, dhidden) = forward_backward(&hidden.detach(), &head, targets, scale, None)?;
-    record(OP, [&hidden], mean(loss)?, move |g| Ok([Some(dhidden.broadcast_mul(&g.to_dtype(dhidden.dtype())?)?)]))
+    record(OP, [&hidden], mean(loss.read()?)?, move |g| {
+        Ok([Some(dhidden.broadcast_mul(&g.to_dtype(dhidden.dtype())?)?)])
+    })
 }
 
 fn problem<'a>(hidden: &'a Held, head: &'a Held, targets: &'a [u32], counted: &'a [usize], n: usize) -> Problem<'a> {

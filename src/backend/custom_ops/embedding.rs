@@ -5,17 +5,24 @@
 
 use candle_core::{DType, Tensor};
 
-use super::check::{dims2, expect_dtype, on_cpu, shape};
+use super::check::{dims2, expect_dtype, float, on_cpu, shape};
 use crate::backend::cpu::{self, by_dtype, tensor, update, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "embedding";
 
 /// The rows of contiguous `table` for `ids`: `[ids.len(), H]` in the table's dtype.
 pub fn forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-    on_cpu(OP, &[table])?;
     let (vocab, hidden) = dims2(OP, "table", table, "[vocabulary, hidden]")?;
     check_ids(ids, vocab)?;
+    float(OP, "table", table)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(table.device()) {
+        return cuda::embedding::forward(table, ids);
+    }
+    on_cpu(OP, &[table])?;
     by_dtype!(OP, "table", table.dtype(), T => {
         let mut y = vec![T::default(); ids.len() * hidden];
         if hidden > 0 {
@@ -27,7 +34,6 @@ pub fn forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
 
 /// `dtable` += the rows of `g` at `ids`.
 pub fn backward(ids: &[u32], g: &Tensor, dtable: &Tensor) -> Result<()> {
-    on_cpu(OP, &[g, dtable])?;
     let (vocab, hidden) = dims2(OP, "dtable", dtable, "[vocabulary, hidden]")?;
     expect_dtype(OP, "dtable", dtable, DType::F32)?;
     shape(OP, "g", g, &[ids.len(), hidden])?;
@@ -35,6 +41,12 @@ pub fn backward(ids: &[u32], g: &Tensor, dtable: &Tensor) -> Result<()> {
     if hidden == 0 {
         return Ok(());
     }
+    float(OP, "g", g)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(g.device()) {
+        return cuda::embedding::backward(ids, g, dtable);
+    }
+    on_cpu(OP, &[g, dtable])?;
     by_dtype!(OP, "g", g.dtype(), T => {
         let g = view::<T>(OP, "g", g)?;
         update::<f32, _>(OP, "dtable", dtable, |dtable| {

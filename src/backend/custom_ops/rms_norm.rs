@@ -9,14 +9,21 @@ use candle_core::{DType, Tensor};
 use super::check::{expect_dtype, on_cpu, rows, shape};
 use super::tape::record;
 use crate::backend::cpu::{self, by_dtype, tensor, update, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "rms_norm";
 
 /// Normalises contiguous `x` `[.., n]`; returns `y` and `rstd` `[m]` f32, which [`backward`] needs.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-    on_cpu(OP, &[x, weight])?;
     let m = check(x, weight, eps)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        let (_, y, rstd) = cuda::rms_norm::forward(x, None, weight, eps, m)?;
+        return Ok((y, rstd));
+    }
+    on_cpu(OP, &[x, weight])?;
     by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {
         let (mut y, mut rstd) = (vec![T::default(); x.elem_count()], vec![0.0; m]);
         cpu::rms_norm::forward::<T, W>(&view(OP, "x", x)?, &view(OP, "weight", weight)?, eps as f32, &mut y, &mut rstd);
@@ -26,9 +33,16 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)
 
 /// Normalises `sum = x + residual`; returns `sum`, `y` and `rstd`. All contiguous, `residual` as `x`.
 pub fn forward_add(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor, Tensor)> {
-    on_cpu(OP, &[x, residual, weight])?;
     let m = check(x, weight, eps)?;
     shape(OP, "residual", residual, x.dims())?;
+    expect_dtype(OP, "residual", residual, x.dtype())?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device())
+        && let (Some(sum), y, rstd) = cuda::rms_norm::forward(x, Some(residual), weight, eps, m)?
+    {
+        return Ok((sum, y, rstd));
+    }
+    on_cpu(OP, &[x, residual, weight])?;
     by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {
         let (mut sum, mut y) = (vec![T::default(); x.elem_count()], vec![T::default(); x.elem_count()]);
         let mut rstd = vec![0.0; m];
@@ -49,7 +63,6 @@ pub fn backward(
     dx: &Tensor,
     dweight: Option<&Tensor>,
 ) -> Result<()> {
-    on_cpu(OP, &[x, weight, rstd, g, dx])?;
     let m = check(x, weight, 0.0)?;
     shape(OP, "g", g, x.dims())?;
     shape(OP, "dx", dx, x.dims())?;
@@ -58,6 +71,14 @@ pub fn backward(
         shape(OP, "dweight", dweight, weight.dims())?;
         expect_dtype(OP, "dweight", dweight, DType::F32)?;
     }
+    for (name, tensor) in [("g", g), ("dx", dx)] {
+        expect_dtype(OP, name, tensor, x.dtype())?;
+    }
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::rms_norm::backward(x, weight, rstd, g, dx, dweight, m);
+    }
+    on_cpu(OP, &[x, weight, rstd, g, dx])?;
     let sums = by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {
         let (x, g) = (view(OP, "x", x)?, view(OP, "g", g)?);
         let (weight, rstd) = (view(OP, "weight", weight)?, view(OP, "rstd", rstd)?);

@@ -9,13 +9,14 @@ use candle_core::{DType, Tensor};
 use super::check::{dims3, expect_dtype, on_cpu, shape};
 use super::tape::record;
 use crate::backend::cpu::{self, by_dtype, update, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 use crate::{Error, Result};
 
 const OP: &str = "rope";
 
 /// Rotates contiguous `x` in place; `inverse` rotates back, which is also the backward.
 pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &[u32], inverse: bool) -> Result<()> {
-    on_cpu(OP, &[x, cos, sin])?;
     let (tokens, heads, dim) = dims3(OP, "x", x, "[tokens, heads, head size]")?;
     if dim % 2 != 0 {
         return Err(Error::op(OP, format!("x has shape {:?}; an even head size is needed", x.dims())));
@@ -36,6 +37,11 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &[u32], inverse
     if x.elem_count() == 0 {
         return Ok(());
     }
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) {
+        return cuda::rope::rotate(x, cos, sin, positions, heads, inverse);
+    }
+    on_cpu(OP, &[x, cos, sin])?;
     let (cos, sin) = (view::<f32>(OP, "cos", cos)?, view::<f32>(OP, "sin", sin)?);
     let sign = if inverse { -1.0 } else { 1.0 };
     by_dtype!(OP, "x", x.dtype(), T => update::<T, _>(OP, "x", x, |x| {

@@ -5,17 +5,23 @@
 
 use candle_core::Tensor;
 
-use super::check::{on_cpu, shape};
+use super::check::{expect_dtype, float, on_cpu, shape};
 use super::tape::record;
 use crate::Result;
 use crate::backend::cpu::{self, by_dtype, tensor, view};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
 
 const OP: &str = "swiglu";
 
 /// `silu(gate) · up` of contiguous tensors.
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    check(gate, &[("up", up)])?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(gate.device()) {
+        return cuda::swiglu::forward(gate, up);
+    }
     on_cpu(OP, &[gate, up])?;
-    shape(OP, "up", up, gate.dims())?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
         let mut y = vec![T::default(); gate.elem_count()];
         cpu::swiglu::forward::<T>(&view(OP, "gate", gate)?, &view(OP, "up", up)?, &mut y);
@@ -25,9 +31,12 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// `(dgate, dup)` from the gradient `g` of the output.
 pub fn backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tensor)> {
+    check(gate, &[("up", up), ("g", g)])?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(gate.device()) {
+        return cuda::swiglu::backward(gate, up, g);
+    }
     on_cpu(OP, &[gate, up, g])?;
-    shape(OP, "up", up, gate.dims())?;
-    shape(OP, "g", g, gate.dims())?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
         let (mut dgate, mut dup) = (vec![T::default(); gate.elem_count()], vec![T::default(); gate.elem_count()]);
         let (gate_view, up, g) = (view::<T>(OP, "gate", gate)?, view(OP, "up", up)?, view(OP, "g", g)?);
@@ -45,4 +54,14 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let (dgate, dup) = backward(&saved_gate, &saved_up, g)?;
         Ok([Some(dgate), Some(dup)])
     })
+}
+
+/// `others` are of the gate's shape and dtype.
+fn check(gate: &Tensor, others: &[(&str, &Tensor)]) -> Result<()> {
+    float(OP, "gate", gate)?;
+    for (name, tensor) in others {
+        shape(OP, name, tensor, gate.dims())?;
+        expect_dtype(OP, name, tensor, gate.dtype())?;
+    }
+    Ok(())
 }
