@@ -2,20 +2,21 @@
 //!
 //! `cargo bench --bench train_step -- [--shape NAME] [--modules qv|all] [--rank R] [--steps N] [--batch ROWS] [--tokens T] [--checkpoint]
 //! [--device cpu|cuda]`: a model's sizes with random weights, f32 on the CPU and bf16 on a GPU, and rows of T tokens. Without more, one
-//! row of 512 tokens through SmolLM2-135M with rank 8 on the CPU. Prints tokens per second and peak memory of whole steps; on the CPU
-//! then milliseconds a step by kind of op, each measured alone at the step's shapes, and the bare matrix products of the step for
-//! scale. Times are medians.
+//! row of 512 tokens through SmolLM2-135M with rank 8 on the CPU. Prints tokens per second and peak memory of whole steps,
+//! then milliseconds a step by kind of op, each measured alone at the step's shapes, and on the CPU the bare matrix products of the step
+//! for scale. Times are medians.
 
 use std::collections::HashMap;
 use std::hint::black_box;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use metal_candle::Result;
 use metal_candle::backend::cpu::gemm::{Matrix, MatrixMut, gemm};
 use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
-use metal_candle::backend::custom_ops::{Sink, attention, cross_entropy, fused_lora, linear, rms_norm, rope, swiglu};
+use metal_candle::backend::custom_ops::lora_linear::{self, Part};
+use metal_candle::backend::custom_ops::{attention, cross_entropy, rms_norm, rope, swiglu};
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, DropoutRound};
 use metal_candle::models::{ModelConfig, WeightDtype};
@@ -32,7 +33,7 @@ fn main() -> Result<()> {
         options.shape,
         options.batch,
         options.tokens,
-        WeightDtype::Auto.on(&device),
+        WeightDtype::Auto.on(&device, DType::BF16),
         options.rank,
         if options.all { "all seven linears" } else { "q and v" },
         if options.checkpoint { "every block" } else { "none" },
@@ -41,7 +42,7 @@ fn main() -> Result<()> {
         commit(),
     );
     let step = whole_steps(&config, &options, &device)?;
-    if options.cuda { Ok(()) } else { by_op(&config, &options, step) }
+    by_op(&config, &options, &device, step)
 }
 
 struct Options {
@@ -124,7 +125,7 @@ fn shape(name: &str) -> ModelConfig {
 
 /// Seconds of a step: loss, gradients, norm, AdamW.
 fn whole_steps(config: &ModelConfig, options: &Options, device: &Device) -> Result<f64> {
-    let dtype = WeightDtype::Auto.on(device);
+    let dtype = WeightDtype::Auto.on(device, DType::BF16);
     let mut weights = HashMap::new();
     for (name, shape) in config.weight_shapes() {
         let spread = if shape.len() == 1 { 0.0 } else { 1.0 / (shape[shape.len() - 1] as f64).sqrt() };
@@ -191,108 +192,141 @@ fn peak_gpu(device: &Device, reset: bool) -> Option<u64> {
     None
 }
 
-/// Milliseconds a step of each kind of op, measured alone.
-fn by_op(config: &ModelConfig, options: &Options, step: f64) -> Result<()> {
-    let (t, hidden, wide) = (options.tokens, config.hidden_size, config.intermediate_size);
+/// Milliseconds a step of each kind of op, measured alone; on a GPU without the host's part, for calls follow each other.
+fn by_op(config: &ModelConfig, options: &Options, device: &Device, step: f64) -> Result<()> {
+    let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+    let t = options.batch * options.tokens;
     let (heads, kv_heads, dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
     let (layers, kv) = (config.num_layers as f64, kv_heads * dim);
-    let tensor = |shape: &[usize]| Tensor::randn(0.0_f32, 1.0, shape, &Device::Cpu);
-    // Every linear as (k, n), and whether it has an adapter.
-    let linears = [
-        (hidden, heads * dim, true),
-        (hidden, kv, options.all),
-        (hidden, kv, true),
-        (heads * dim, hidden, options.all),
-        (hidden, wide, options.all),
-        (hidden, wide, options.all),
-        (wide, hidden, options.all),
+    let dtype = WeightDtype::Auto.on(device, DType::BF16);
+    let random = |shape: &[usize], dtype: DType| Tensor::randn(0.0_f32, 1.0, shape, device)?.to_dtype(dtype);
+    let tensor = |shape: &[usize]| random(shape, dtype);
+    let time = |run: &dyn Fn() -> Result<()>| time(device, run);
+    // Linears that share an input as (k, [n]), and whether each has an adapter.
+    let all = options.all;
+    let groups: [(usize, Vec<(usize, bool)>); 4] = [
+        (hidden, vec![(heads * dim, true), (kv, all), (kv, true)]),
+        (heads * dim, vec![(hidden, all)]),
+        (hidden, vec![(wide, all), (wide, all)]),
+        (wide, vec![(hidden, all)]),
     ];
-    let (x, w_norm, rstd) = (tensor(&[t, hidden])?, tensor(&[hidden])?, tensor(&[t])?);
-    let dx = x.zeros_like()?;
     let mut rows: Vec<(&str, f64)> = Vec::new();
-
-    let (mut bare, mut base_forward, mut base_backward, mut lora_forward, mut lora_backward) =
-        (0.0, 0.0, 0.0, 0.0, 0.0);
-    for (k, n, adapted) in linears {
-        let (x, w, g) = (tensor(&[t, k])?, tensor(&[n, k])?, tensor(&[t, n])?);
-        let (a, b, dx) = (tensor(&[k, options.rank])?, tensor(&[options.rank, n])?, x.zeros_like()?);
-        bare += layers * 2.0 * bare_product(t, n, k);
-        base_forward += layers * time(|| linear::forward(&x, &w, None).map(drop))?;
-        base_backward += layers * time(|| linear::backward(&x, &w, &g, Some(&dx), None, None))?;
-        if adapted {
-            let y = g.zeros_like()?;
-            let h = fused_lora::add_into(&y, &x, &a, &b, 2.0, None)?;
+    let (mut bare, mut base_forward, mut base_backward, mut forward, mut backward) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    for (k, linears) in &groups {
+        let x = tensor(&[t, *k])?;
+        let mut held = Vec::new();
+        for &(n, adapted) in linears {
+            let (a, b) = (random(&[*k, options.rank], DType::F32)?, random(&[options.rank, n], DType::F32)?);
             let (da, db) = (a.zeros_like()?, b.zeros_like()?);
-            let sink = Sink { dx: Some(&dx), da: Some(&da), db: Some(&db) };
-            lora_forward += layers * time(|| fused_lora::add_into(&y, &x, &a, &b, 2.0, None).map(drop))?;
-            lora_backward += layers * time(|| fused_lora::backward(&x, &a, &b, Some(&h), &g, 2.0, None, sink))?;
+            held.push((tensor(&[n, *k])?, a, b, da, db, tensor(&[t, n])?, adapted));
+            if device.is_cpu() {
+                bare += layers * 2.0 * bare_product(t, n, *k);
+            }
         }
+        let adapter = |a, b, adapted: bool| adapted.then_some(lora_linear::Adapter { a, b, s: 2.0, dropout: None });
+        let parts: Vec<Part> = held
+            .iter()
+            .map(|(w, a, b, .., adapted)| Part { w, bias: None, adapter: adapter(a, b, *adapted) })
+            .collect();
+        let base: Vec<Part> = parts.iter().map(|part| Part { adapter: None, ..*part }).collect();
+        let g: Vec<&Tensor> = held.iter().map(|(.., g, _)| g).collect();
+        let sinks: Vec<_> = held.iter().map(|(_, _, _, da, db, ..)| (Some(da), Some(db))).collect();
+        let none = vec![(None, None); parts.len()];
+        let saved = lora_linear::forward_shared(&x, &parts)?;
+        let h: Vec<Option<&Tensor>> = saved.iter().map(|(_, h)| h.as_ref()).collect();
+        let no_h = vec![None; parts.len()];
+        base_forward += layers * time(&|| lora_linear::forward_shared(&x, &base).map(drop))?;
+        forward += layers * time(&|| lora_linear::forward_shared(&x, &parts).map(drop))?;
+        base_backward += layers * time(&|| lora_linear::backward_shared(&x, &base, &no_h, &g, &none, true).map(drop))?;
+        backward += layers * time(&|| lora_linear::backward_shared(&x, &parts, &h, &g, &sinks, true).map(drop))?;
     }
-    rows.push(("linear forward", base_forward));
-    rows.push(("linear backward", base_backward));
-    rows.push(("adapter forward", lora_forward));
-    rows.push(("adapter backward", lora_backward));
+    rows.push(("linears forward", base_forward));
+    rows.push(("linears backward", base_backward));
+    rows.push(("adapters forward", forward - base_forward));
+    rows.push(("adapters backward", backward - base_backward));
 
     let (q, k) = (tensor(&[t, heads, dim])?, tensor(&[t, kv_heads, dim])?);
     let v = tensor(&[t, kv_heads, dim])?;
-    let sequences = [Sequence { q_start: 0, q_len: t, k_start: 0, k_len: t }];
+    let sequences: Vec<Sequence> = (0..options.batch)
+        .map(|row| row * options.tokens)
+        .map(|start| Sequence { q_start: start, q_len: options.tokens, k_start: start, k_len: options.tokens })
+        .collect();
     let args = AttentionArgs { sequences: &sequences, scale: 0.125, window: None };
     let (o, lse) = attention::forward(&q, &k, &v, args)?;
-    rows.push(("attention forward", layers * time(|| attention::forward(&q, &k, &v, args).map(drop))?));
-    rows.push(("attention backward", layers * time(|| attention::backward(&q, &k, &v, &o, &lse, &q, args).map(drop))?));
+    rows.push(("attention forward", layers * time(&|| attention::forward(&q, &k, &v, args).map(drop))?));
+    let backward = || attention::backward(&q, &k, &v, &o, &lse, &q, args).map(drop);
+    rows.push(("attention backward", layers * time(&backward)?));
 
-    let norm = time(|| rms_norm::forward(&x, &w_norm, 1e-5).map(drop))?;
-    let norm_add = time(|| rms_norm::forward_add(&x, &dx, &w_norm, 1e-5).map(drop))?;
-    rows.push(("rms_norm forward", layers * (norm + norm_add)));
-    let norm = time(|| rms_norm::backward(&x, &w_norm, &rstd, &x, &dx, None))?;
+    let (x, w_norm, rstd) = (tensor(&[t, hidden])?, tensor(&[hidden])?, random(&[t], DType::F32)?);
+    let dx = x.zeros_like()?;
+    let norm = time(&|| rms_norm::forward(&x, &w_norm, 1e-5).map(drop))?;
+    let norm_add = time(&|| rms_norm::forward_add(&x, &dx, &w_norm, 1e-5).map(drop))?;
+    rows.push(("rms_norm forward, and again", layers * (3.0 * norm + norm_add)));
+    let norm = time(&|| rms_norm::backward(&x, &w_norm, &rstd, &x, &dx, None))?;
     rows.push(("rms_norm backward", layers * 2.0 * norm));
+    let add = || {
+        black_box((&x + &dx)?);
+        Ok(())
+    };
+    rows.push(("sum of the block's halves", layers * time(&add)?));
 
-    let table = tensor(&[t, dim / 2])?;
-    let positions: Vec<u32> = (0..t as u32).collect();
-    let rotate = |x: &Tensor| time(|| rope::rotate(x, &table, &table, &positions, false));
-    rows.push(("rope", 2.0 * layers * (rotate(&q.zeros_like()?)? + rotate(&k.zeros_like()?)?)));
+    let table = random(&[t, dim / 2], DType::F32)?;
+    let positions: Vec<u32> = (0..t as u32).map(|i| i % options.tokens as u32).collect();
+    let rotate = |x: Tensor| time(&|| rope::rotate(&x, &table, &table, &positions, false));
+    rows.push(("rope", 2.0 * layers * (rotate(q.zeros_like()?)? + rotate(k.zeros_like()?)?)));
 
     let (gate, up) = (tensor(&[t, wide])?, tensor(&[t, wide])?);
-    let forward = time(|| swiglu::forward(&gate, &up).map(drop))?;
-    let backward = time(|| swiglu::backward(&gate, &up, &up).map(drop))?;
+    let forward = time(&|| swiglu::forward(&gate, &up).map(drop))?;
+    let backward = time(&|| swiglu::backward(&gate, &up, &up).map(drop))?;
     rows.push(("swiglu forward, twice", 2.0 * layers * forward));
     rows.push(("swiglu backward", layers * backward));
 
     let (hidden_states, head) = (tensor(&[t, hidden])?, tensor(&[config.vocab_size, hidden])?);
-    let targets: Vec<u32> = (0..t as u32).collect();
+    let targets: Vec<u32> = (0..t as u32).map(|i| i % config.vocab_size as u32).collect();
     let loss = || cross_entropy::forward_backward(&hidden_states, &head, &targets, 1.0, None).map(drop);
-    rows.push(("cross_entropy with head", time(loss)?));
-    let bare_head = 2.0 * bare_product(t, config.vocab_size, hidden);
+    rows.push(("cross_entropy with head", time(&loss)?));
 
     println!("\n{:<28}{:>8}{:>10}", "a step, each op alone", "ms", "share");
     let sum: f64 = rows.iter().map(|(_, seconds)| seconds).sum();
     for (name, seconds) in rows.iter().chain(&[("sum", sum), ("the whole step", step)]) {
         println!("{name:<28}{:>8.1}{:>9.1}%", seconds * 1e3, seconds / step * 100.0);
     }
-    println!("bare products of the linears {:>7.1}{:>9.1}%", bare * 1e3, bare / step * 100.0);
-    println!("bare products of the head    {:>7.1}{:>9.1}%", bare_head * 1e3, bare_head / step * 100.0);
+    if device.is_cpu() {
+        let bare_head = 2.0 * bare_product(t, config.vocab_size, hidden);
+        println!("bare products of the linears {:>7.1}{:>9.1}%", bare * 1e3, bare / step * 100.0);
+        println!("bare products of the head    {:>7.1}{:>9.1}%", bare_head * 1e3, bare_head / step * 100.0);
+    }
     Ok(())
 }
 
 /// Seconds of `[m, k] · [k, n]`.
 fn bare_product(m: usize, n: usize, k: usize) -> f64 {
     let (lhs, rhs, mut dst) = (vec![1.0; m * k], vec![1.0; n * k], vec![0.0; m * n]);
-    let mut run = || {
+    let start = Instant::now();
+    let mut best = f64::INFINITY;
+    while start.elapsed().as_secs_f64() < 0.1 {
+        let start = Instant::now();
         let rhs = Matrix::new(&rhs, n, k).t();
         gemm(MatrixMut::new(&mut dst, m, n), 0.0, 1.0, Matrix::new(&lhs, m, k), rhs);
-        Ok(())
-    };
-    time(&mut run).unwrap_or(f64::NAN)
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
 }
 
-/// The median of as many runs as take a tenth of a second, at least 3.
-fn time(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Seconds of a run. On the CPU the median of as many as take a tenth of a second, at least 3; on a GPU the mean of as many, asked for
+/// without waiting between them.
+fn time(device: &Device, run: &dyn Fn() -> Result<()>) -> Result<f64> {
     black_box(run()?);
+    device.synchronize()?;
     let (start, mut seconds) = (Instant::now(), Vec::new());
     while seconds.len() < 3 || start.elapsed().as_secs_f64() < 0.1 {
         let start = Instant::now();
-        black_box(run()?);
-        seconds.push(start.elapsed().as_secs_f64());
+        let runs = if device.is_cpu() { 1 } else { 10 };
+        for _ in 0..runs {
+            black_box(run()?);
+        }
+        device.synchronize()?;
+        seconds.push(start.elapsed().as_secs_f64() / runs as f64);
     }
     Ok(median(seconds))
 }

@@ -30,6 +30,11 @@ fn device() -> Device {
     DEVICE.with(Device::clone)
 }
 
+/// Candle makes no tensor without elements on a CUDA device, so that those cases are for the CPU.
+fn no_elements(shape: &[usize]) -> bool {
+    !device().is_cpu() && shape.contains(&0)
+}
+
 /// [`common::random`] on [`device`].
 fn random(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
     common::random(shape, dtype, seed).to_device(&device()).unwrap()
@@ -73,6 +78,10 @@ fn tape_gradients<const N: usize>(y: &Tensor, g: &Tensor, variables: [&Var; N]) 
 #[track_caller]
 fn assert_same(what: &str, got: &Tensor, want: &Tensor) {
     assert_eq!((got.dims(), got.dtype()), (want.dims(), want.dtype()), "{what}");
+    if !got.device().is_cpu() {
+        // A GPU takes aligned memory in larger pieces, and sums them in another order.
+        return assert_close(what, got, &f64s(want));
+    }
     assert_eq!(f64s(got), f64s(want), "{what}: the tape's form and the plain form differ");
 }
 
@@ -84,6 +93,9 @@ fn assert_refused<T>(result: metal_candle::Result<T>, op: &str, name: &str) {
 }
 
 fn check_rms_norm(leading: &[usize], n: usize, dtype: DType, weight_dtype: DType) {
+    if no_elements(&[leading, &[n]].concat()) {
+        return;
+    }
     let (what, eps) = (format!("rms_norm {leading:?} + [{n}], {dtype:?} with {weight_dtype:?}"), 1e-5);
     let shape = [leading, &[n]].concat();
     let (x, residual, g) = (random(&shape, dtype, 1), random(&shape, dtype, 2), random(&shape, dtype, 3));
@@ -134,6 +146,9 @@ fn rms_norm_agrees() {
 }
 
 fn check_rope(tokens: usize, heads: usize, dim: usize, dtype: DType) {
+    if no_elements(&[tokens, heads, dim]) {
+        return;
+    }
     let what = format!("rope [{tokens}, {heads}, {dim}], {dtype:?}");
     let (x, g) = (random(&[tokens, heads, dim], dtype, 1), random(&[tokens, heads, dim], dtype, 2));
     let angles: Vec<f32> = common::uniform(40 * dim / 2, 3).iter().map(|angle| 3.0 * angle).collect();
@@ -175,6 +190,9 @@ fn rope_agrees() {
 }
 
 fn check_swiglu(shape: &[usize], dtype: DType) {
+    if no_elements(shape) {
+        return;
+    }
     let what = format!("swiglu {shape:?}, {dtype:?}");
     let [gate, up, g] = [1, 2, 3].map(|seed| random(shape, dtype, seed));
     let gate = (gate * 6.0).unwrap();
@@ -346,7 +364,9 @@ fn check_cross_entropy(rows: usize, n: usize, vocab: usize, hidden_dtype: DType,
     assert_eq!(again, loss, "{what}");
     assert_eq!(got.dtype(), hidden_dtype);
     assert_close(&format!("{what}: dhidden"), &got, &dhidden);
-    assert_close(&format!("{what}: dhead"), &dhead_sink, &plus_one(&dhead));
+    // On a GPU P is rounded to hidden's dtype before its products.
+    let limit = tolerance(if device().is_cpu() { DType::F32 } else { hidden_dtype });
+    assert_within(&format!("{what}: dhead"), &dhead_sink, &plus_one(&dhead), limit);
     for row in (0..rows).filter(|&row| targets[row] == IGNORE) {
         assert!(f64s(&got)[row * n..][..n].iter().all(|&value| value == 0.0), "{what}: row {row} is ignored");
     }
@@ -416,6 +436,9 @@ fn embedding_agrees() {
 
 /// `views` are applied to x, W and g.
 fn check_linear(leading: &[usize], k: usize, n: usize, [x, w]: [DType; 2], view: impl Fn(&Tensor) -> Tensor) {
+    if no_elements(&[leading, &[k, n]].concat()) {
+        return;
+    }
     let what = format!("linear {leading:?} + [{k}] to {n}, {x:?} with {w:?}");
     let (x, w, bias) = (random(&[leading, &[k]].concat(), x, 1), random(&[n, k], w, 2), random(&[n], w, 3));
     let g = random(&[leading, &[n]].concat(), x.dtype(), 4);

@@ -153,10 +153,11 @@ fn on_hopper() {
     }
     let device = Device::new_cuda(0).unwrap();
     let dtype = DType::BF16;
+    let mut cases = Vec::new();
     for adapters in [DType::F32, DType::BF16] {
         // One column tile and many row tiles; ranks about the edges of a pass, of 64 columns of terms, of 16 bytes.
         for r in [1, 5, 8, 16, 17, 22, 32, 33, 64, 65, 256] {
-            Case { m: 11_300, k: 136, linears: vec![(200, r)], adapters, dtype, p: None }.check(&device, true);
+            cases.push(Case { m: 11_300, k: 136, linears: vec![(200, r)], adapters, dtype, p: None });
         }
         for (m, k, linears, p) in [
             (11_300, 72, vec![(256, 16), (72, 16), (8, 16)], None),
@@ -165,10 +166,15 @@ fn on_hopper() {
             (11_300, 136, vec![(200, 12), (64, 3)], Some(0.25)),
             (11_300, 136, vec![(200, 0)], None),
         ] {
-            Case { m, k, linears, adapters, dtype, p }.check(&device, true);
+            cases.push(Case { m, k, linears, adapters, dtype, p });
         }
     }
     // Many tiles in both directions, the last ones not full.
-    Case { m: 2_100, k: 1032, linears: vec![(1032, 20), (264, 4)], adapters: DType::F32, dtype, p: None }
-        .check(&device, true);
+    let linears = vec![(1032, 20), (264, 4)];
+    cases.push(Case { m: 2_100, k: 1032, linears, adapters: DType::F32, dtype, p: None });
+    // The reference takes most of the time.
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = cases.iter().map(|case| scope.spawn(|| case.check(&device, true))).collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    });
 }

@@ -99,8 +99,11 @@ fn score(settings: &Settings, trained: bool) -> Result<Vec<Answer>> {
     let full = settings.trainer.fine_tune_type == FineTuneType::Full;
     let folder = if trained && full { settings.run.adapter_path.clone() } else { base };
     let model = ModelFiles::open(&folder.display().to_string())?;
-    let mut decoder =
-        Decoder::new(&model.config, model.weights(settings.trainer.weight_dtype(&device), &device)?, &device)?;
+    let mut decoder = Decoder::new(
+        &model.config,
+        model.weights(settings.trainer.weight_dtype(&device, model.own_dtype()?), &device)?,
+        &device,
+    )?;
     if trained && !full {
         AdapterFile::load(&settings.run.adapter_path)?.attach(&mut decoder, &device)?;
     }

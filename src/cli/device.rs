@@ -48,7 +48,7 @@ impl DeviceKind {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DtypeKind {
-    /// bf16 on a GPU, f32 on the CPU
+    /// f32 on the CPU; on a GPU f32 where the file has that, else bf16
     #[default]
     Auto,
     /// 32 bits

@@ -23,7 +23,7 @@ pub struct ModelArgs {
     /// Where to compute
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceKind,
-    /// What the weights are held in; auto: bf16 on a GPU, f32 on the CPU
+    /// What the weights are held in; auto: f32 on the CPU; on a GPU f32 where the file has that, else bf16
     #[arg(long, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
     pub dtype: DtypeKind,
 }
@@ -34,8 +34,11 @@ impl ModelArgs {
         let device = self.device.open()?;
         let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
         let files = ModelFiles::open(&self.name(adapter.as_ref())?)?;
-        let mut decoder =
-            Decoder::new(&files.config, files.weights(self.dtype.weights().on(&device), &device)?, &device)?;
+        let mut decoder = Decoder::new(
+            &files.config,
+            files.weights(self.dtype.weights().on(&device, files.own_dtype()?), &device)?,
+            &device,
+        )?;
         if let Some(adapter) = adapter {
             adapter.attach(&mut decoder, &device)?;
         }

@@ -63,7 +63,7 @@ struct Flags {
     #[arg(long, value_name = "DEVICE", help_heading = "Model and data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<DeviceKind>,
-    /// What the frozen weights are held in; auto: bf16 on a GPU, f32 on the CPU [default: auto]
+    /// What the frozen weights are held in; auto: f32 on the CPU; on a GPU f32 where the file has that, else bf16 [default: auto]
     #[arg(long, value_name = "DTYPE", help_heading = "Model and data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<DtypeKind>,

@@ -50,25 +50,19 @@ pub struct BlockShape {
     pub(super) window: Option<usize>,
 }
 
-/// What backward needs of a block's forward pass. SwiGLU's output is computed again from gate and up.
+/// What backward needs of a block's forward pass. SwiGLU's output is computed again from gate and up, and what the two norms gave
+/// from their inputs.
 pub struct Saved {
     x: Tensor,
-    input: Normed,
     q: Head,
     k: Head,
     v: Tensor,
     o: Tensor,
     lse: Tensor,
     m: Tensor,
-    post: Normed,
     gate: Tensor,
     up: Tensor,
     h: AdapterProducts,
-}
-
-struct Normed {
-    y: Tensor,
-    rstd: Tensor,
 }
 
 /// Queries or keys after norm and rotation; with a head norm, also its input and rstd.
@@ -98,9 +92,9 @@ impl Block {
         extend: impl FnOnce(Tensor, Tensor) -> Result<(Tensor, Tensor)>,
     ) -> Result<(Tensor, Saved)> {
         let eps = self.shape.norm_eps;
-        let (y, rstd) = rms_norm::forward(x, &self.input_norm.value, eps)?;
-        let input = Normed { y, rstd };
-        let [(q, hq), (k, hk), (v, hv)] = linear::forward([&self.q, &self.k, &self.v], &input.y, pass.round)?;
+        let (input, _) = rms_norm::forward(x, &self.input_norm.value, eps)?;
+        let [(q, hq), (k, hk), (v, hv)] = linear::forward([&self.q, &self.k, &self.v], &input, pass.round)?;
+        drop(input);
         let q = self.head(q, self.shape.heads, self.q_norm.as_ref(), pass)?;
         let mut k = self.head(k, self.shape.kv_heads, self.k_norm.as_ref(), pass)?;
         let tokens = x.dim(0)?;
@@ -111,21 +105,23 @@ impl Block {
         let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, self.attention_args(pass))?;
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
         let [(attended, ho)] = linear::forward([&self.o], &flat, pass.round)?;
-        let (m, y, rstd) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
-        let post = Normed { y, rstd };
+        let (m, post, _) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
+        drop(attended);
 
-        let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post.y, pass.round)?;
+        let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post, pass.round)?;
+        drop(post);
         let [(down, hdown)] = linear::forward([&self.down], &swiglu::forward(&gate, &up)?, pass.round)?;
         let y = down.add(&m)?;
         let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
-        Ok((y, Saved { x: x.clone(), input, q, k, v, o, lse, m, post, gate, up, h }))
+        Ok((y, Saved { x: x.clone(), q, k, v, o, lse, m, gate, up, h }))
     }
 
     /// Takes the output's gradient `g` `[T, hidden]`, turns it in place into the input's, and adds the gradients of the
     /// trained parameters to their buffers. With `input_gradient` false the lowest products that only `dx` needs are left
     /// out and `g` is of no further use.
     pub fn backward(&self, saved: Saved, g: Tensor, pass: &Pass, input_gradient: bool) -> Result<Tensor> {
-        let Saved { x, input, q, k, v, o, lse, m, post, gate, up, h } = saved;
+        let Saved { x, q, k, v, o, lse, m, gate, up, h } = saved;
+        let eps = self.shape.norm_eps;
         let round = pass.round;
         let tokens = x.dim(0)?;
 
@@ -134,11 +130,13 @@ impl Block {
         drop(act);
         let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_act)?;
         drop((d_act, gate, up));
-        let (linears, saved_h) = ([&self.gate, &self.up], [h.gate.as_ref(), h.up.as_ref()]);
-        let d_post = input_gradient_of(linears, &post.y, saved_h, [&d_gate, &d_up], round)?;
-        drop((d_gate, d_up));
         let norm = &self.post_norm;
-        rms_norm::backward(&m, &norm.value, &post.rstd, &d_post, &g, norm.grad.as_ref())?;
+        let (post, rstd) = rms_norm::forward(&m, &norm.value, eps)?;
+        let (linears, saved_h) = ([&self.gate, &self.up], [h.gate.as_ref(), h.up.as_ref()]);
+        let d_post = input_gradient_of(linears, &post, saved_h, [&d_gate, &d_up], round)?;
+        drop((d_gate, d_up, post));
+        rms_norm::backward(&m, &norm.value, &rstd, &d_post, &g, norm.grad.as_ref())?;
+        drop((m, d_post));
 
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
         let d_o = input_gradient_of([&self.o], &flat, [h.o.as_ref()], [&g], round)?.reshape(o.shape())?;
@@ -148,11 +146,12 @@ impl Block {
         let dv = dv.reshape((tokens, self.shape.kv_heads * self.shape.head_dim))?;
 
         let norm = &self.input_norm;
+        let (input, rstd) = rms_norm::forward(&x, &norm.value, eps)?;
         let (linears, saved_h) = ([&self.q, &self.k, &self.v], [h.q.as_ref(), h.k.as_ref(), h.v.as_ref()]);
         let wanted = input_gradient || norm.grad.is_some();
-        let d_input = linear::backward(linears, &input.y, saved_h, [&dq, &dk, &dv], round, wanted)?;
+        let d_input = linear::backward(linears, &input, saved_h, [&dq, &dk, &dv], round, wanted)?;
         if let Some(d_input) = d_input {
-            rms_norm::backward(&x, &norm.value, &input.rstd, &d_input, &g, norm.grad.as_ref())?;
+            rms_norm::backward(&x, &norm.value, &rstd, &d_input, &g, norm.grad.as_ref())?;
         }
         Ok(g)
     }

@@ -28,7 +28,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightDtype {
-    /// bf16 on a GPU, f32 on the CPU.
+    /// f32 on the CPU; on a GPU the file's own where that is f32, else bf16.
     #[default]
     Auto,
     /// 32 bits.
@@ -40,10 +40,10 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
-    /// The dtype on a device.
-    pub fn on(self, device: &Device) -> DType {
+    /// The dtype on a device of weights that are `own` in their file.
+    pub fn on(self, device: &Device, own: DType) -> DType {
         match self {
-            Self::Auto if device.is_cpu() => DType::F32,
+            Self::Auto if device.is_cpu() || own == DType::F32 => DType::F32,
             Self::F32 => DType::F32,
             Self::Auto | Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,
@@ -123,6 +123,14 @@ impl ModelFiles {
         match &self.source {
             Source::Folder(folder) => weights::load(folder, &self.config, dtype, device),
             Source::Gguf(file) => gguf::load(file, &self.config, dtype, device),
+        }
+    }
+
+    /// What the file's first weight is held in; bf16 for a GGUF file, whose weights are quantized.
+    pub fn own_dtype(&self) -> Result<DType> {
+        match &self.source {
+            Source::Folder(folder) => weights::dtype(folder),
+            Source::Gguf(_) => Ok(DType::BF16),
         }
     }
 

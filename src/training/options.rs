@@ -141,10 +141,10 @@ impl TrainerOptions {
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }
     }
 
-    /// What the weights are held in on a device.
-    pub fn weight_dtype(&self, device: &Device) -> DType {
+    /// What weights that are `own` in their file are held in on a device.
+    pub fn weight_dtype(&self, device: &Device, own: DType) -> DType {
         match self.fine_tune_type {
-            FineTuneType::Lora => self.dtype.on(device),
+            FineTuneType::Lora => self.dtype.on(device, own),
             FineTuneType::Full => DType::F32,
         }
     }

@@ -166,7 +166,7 @@ impl<'a> Trainer<'a> {
             let advice = "continue it with --resume, or choose another --adapter-path";
             return Err(Error::file(adapter_path, format!("holds the checkpoints of an earlier run; {advice}")));
         }
-        let weights = model.weights(options.weight_dtype(device), device)?;
+        let weights = model.weights(options.weight_dtype(device, model.own_dtype()?), device)?;
         let fingerprint = model_fingerprint(&weights)?;
         let mut decoder = Decoder::new(&model.config, weights, device)?;
         let params = match options.fine_tune_type {

@@ -27,6 +27,7 @@ struct Args {
   int sequence_count, q_heads, kv_heads, dim;
   uint32_t window;  // past any length: none
   float scale;
+  const uint32_t* tiles;  // of attention_tiles.cuh: pairs of a sequence and the first of 64 rows
 };
 
 // The keys that a query sees, as rows.

@@ -1,9 +1,9 @@
-//! Attention on CUDA: `attention.cuh`. Shapes, dtypes and sequences were checked by `custom_ops::attention`.
+//! Attention on CUDA: `attention_tiles.cuh` where it takes a call, else `attention.cuh`. Shapes, dtypes and sequences were checked by `custom_ops::attention`.
 
 use candle_core::{DType, Tensor};
 
-use super::device::{Gpu, Held, Kernel, address, cuda_device, empty, tensor, typed, uninit};
-use crate::backend::custom_ops::attention::AttentionArgs;
+use super::device::{Gpu, Held, Kernel, Module, View, address, cuda_device, empty, tensor, typed, uninit};
+use crate::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use crate::{Error, Result};
 
 const OP: &str = "attention";
@@ -11,6 +11,8 @@ const OP: &str = "attention";
 const MOST: usize = 256;
 /// Warps of a block.
 const WARPS: usize = 4;
+/// Queries or keys of a block of the tiles' kernels.
+const ROWS: usize = 64;
 
 #[repr(C)]
 #[derive(Default)]
@@ -36,6 +38,76 @@ struct Args {
     dim: i32,
     window: u32,
     scale: f32,
+    tiles: u64,
+}
+
+/// The instance of the tiles' kernels for a call: its padded head size, and the rows of the other side that each kernel takes at a time.
+#[derive(Clone, Copy)]
+struct Instance {
+    f16: bool,
+    size: usize,
+    forward: usize,
+    queries: usize,
+    keys: usize,
+}
+
+impl Instance {
+    fn of(q: View, others: &[View], dim: usize) -> Option<Self> {
+        let aligned = q.aligned() && others.iter().all(View::aligned);
+        if !matches!(q.dtype, DType::BF16 | DType::F16) || !dim.is_multiple_of(8) || !aligned {
+            return None;
+        }
+        let f16 = q.dtype == DType::F16;
+        match dim {
+            ..=64 => Some(Self { f16, size: 64, forward: 64, queries: 64, keys: 64 }),
+            ..=96 => Some(Self { f16, size: 96, forward: 64, queries: 64, keys: 32 }),
+            ..=128 => Some(Self { f16, size: 128, forward: 64, queries: 32, keys: 32 }),
+            _ => None,
+        }
+    }
+
+    fn pitch(&self) -> usize {
+        2 * self.size + 16
+    }
+
+    fn kernel(&self, [b64, b96, b128, f64, f96, f128]: [&'static str; 6]) -> Kernel {
+        let name = match (self.f16, self.size) {
+            (false, 64) => b64,
+            (false, 96) => b96,
+            (false, _) => b128,
+            (true, 64) => f64,
+            (true, 96) => f96,
+            (true, _) => f128,
+        };
+        Kernel::Named(Module::Attention, name)
+    }
+}
+
+macro_rules! instances {
+    ($op:literal) => {
+        [
+            concat!($op, "_bf16_64"),
+            concat!($op, "_bf16_96"),
+            concat!($op, "_bf16_128"),
+            concat!($op, "_f16_64"),
+            concat!($op, "_f16_96"),
+            concat!($op, "_f16_128"),
+        ]
+    };
+}
+
+/// Pairs of a sequence and the first of 64 of its rows, those with the most work first.
+fn tiles(
+    call: &AttentionArgs,
+    rows: impl Fn(&Sequence) -> usize,
+    work: impl Fn(&Sequence, usize) -> usize,
+) -> Vec<u32> {
+    let mut all = Vec::new();
+    for (i, sequence) in call.sequences.iter().enumerate() {
+        all.extend((0..rows(sequence)).step_by(ROWS).map(|first| (work(sequence, first), i as u32, first as u32)));
+    }
+    all.sort_by_key(|&(work, sequence, first)| (std::cmp::Reverse(work), sequence, first));
+    all.into_iter().flat_map(|(_, sequence, first)| [sequence, first]).collect()
 }
 
 /// `(o, lse)`.
@@ -45,14 +117,60 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, call: AttentionArgs) -> Resul
     if q.elem_count() == 0 {
         return Ok((empty(device, q.shape(), q.dtype())?, empty(device, lse_shape, DType::F32)?));
     }
-    let o = tensor(uninit(device, q.shape(), q.dtype())?, q.shape());
-    let lse = tensor(uninit(device, &lse_shape.into(), DType::F32)?, lse_shape);
+    // Queries outside every sequence are zero.
+    let covered = call.sequences.iter().map(|sequence| sequence.q_len).sum::<usize>() == q.dims()[0];
+    let (o, lse) = match covered {
+        true => (
+            tensor(uninit(device, q.shape(), q.dtype())?, q.shape()),
+            tensor(uninit(device, &lse_shape.into(), DType::F32)?, lse_shape),
+        ),
+        false => (q.zeros_like()?, Tensor::zeros(lse_shape, DType::F32, q.device())?),
+    };
     with_args(q, k, v, call, |gpu, args| {
         args.to_o = Held::of(OP, "o", &o)?.view.ptr;
         args.lse = Held::of(OP, "lse", &lse)?.view.ptr;
-        launch(gpu, q, typed!(Attention, "attention_forward", q.dtype()), q.dims()[0] * q.dims()[1], args)
+        let others = [Held::of(OP, "k", k)?.view, Held::of(OP, "v", v)?.view];
+        let Some(instance) = Instance::of(Held::of(OP, "q", q)?.view, &others, q.dims()[2]) else {
+            return launch(gpu, q, typed!(Attention, "attention_forward", q.dtype()), q.dims()[0] * q.dims()[1], args);
+        };
+        let kernel = instance.kernel(instances!("attention_forward"));
+        let shared = (ROWS + 4 * instance.forward) * instance.pitch();
+        launch_tiles(gpu, q, kernel, query_tiles(&call), q.dims()[1], shared, args)
     })?;
     Ok((o, lse))
+}
+
+/// Tiles of queries: the later, the more keys.
+fn query_tiles(call: &AttentionArgs) -> Vec<u32> {
+    tiles(
+        call,
+        |sequence| sequence.q_len,
+        |sequence, first| {
+            let end = sequence.k_len - sequence.q_len + (first + ROWS).min(sequence.q_len);
+            end.min(call.window.map_or(end, |window| window + ROWS))
+        },
+    )
+}
+
+/// Tiles of keys: the earlier, the more queries.
+fn key_tiles(call: &AttentionArgs) -> Vec<u32> {
+    tiles(
+        call,
+        |sequence| sequence.k_len,
+        |sequence, first| {
+            let before = sequence.k_len - sequence.q_len;
+            let seeing = sequence.q_len - first.saturating_sub(before).min(sequence.q_len);
+            seeing.min(call.window.map_or(seeing, |window| window + ROWS))
+        },
+    )
+}
+
+/// Whether each key is in one sequence: `None` where some are in several, else whether all are in one.
+fn keys_apart(call: &AttentionArgs, keys: usize) -> Option<bool> {
+    let mut spans: Vec<(usize, usize)> = call.sequences.iter().map(|s| (s.k_start, s.k_start + s.k_len)).collect();
+    spans.sort_unstable();
+    let apart = spans.windows(2).all(|two| two[0].1 <= two[1].0);
+    apart.then(|| spans.iter().map(|(start, end)| end - start).sum::<usize>() == keys)
 }
 
 /// `(dq, dk, dv)`.
@@ -71,9 +189,12 @@ pub fn backward(
         0 => empty(device, x.shape(), x.dtype()),
         _ => Ok(tensor(uninit(device, x.shape(), x.dtype())?, x.shape())),
     };
-    let (dq, dk, dv) = (like(q)?, like(k)?, like(v)?);
-    if q.elem_count() == 0 {
-        return Ok((dq, dk.zeros_like()?, dv.zeros_like()?));
+    let covered = call.sequences.iter().map(|sequence| sequence.q_len).sum::<usize>() == q.dims()[0];
+    let apart = keys_apart(&call, k.dims()[0]);
+    let dq = if covered { like(q)? } else { q.zeros_like()? };
+    let (dk, dv) = if apart == Some(true) { (like(k)?, like(v)?) } else { (k.zeros_like()?, v.zeros_like()?) };
+    if q.elem_count() == 0 || k.elem_count() == 0 {
+        return Ok((dq, dk, dv));
     }
     let delta = tensor(uninit(device, lse.shape(), DType::F32)?, lse.shape());
     with_args(q, k, v, call, |gpu, args| {
@@ -82,15 +203,45 @@ pub fn backward(
         args.lse = Held::of(OP, "lse", lse)?.view.ptr;
         args.delta = Held::of(OP, "delta", &delta)?.view.ptr;
         args.dq = Held::of(OP, "dq", &dq)?.view.ptr;
-        launch(gpu, q, typed!(Attention, "attention_backward_queries", q.dtype()), q.dims()[0] * q.dims()[1], args)?;
-        if k.elem_count() == 0 {
-            return Ok(());
-        }
         args.dk = Held::of(OP, "dk", &dk)?.view.ptr;
         args.dv = Held::of(OP, "dv", &dv)?.view.ptr;
-        launch(gpu, q, typed!(Attention, "attention_backward_keys", q.dtype()), k.dims()[0] * k.dims()[1], args)
+        let others = [Held::of(OP, "k", k)?.view, Held::of(OP, "v", v)?.view, Held::of(OP, "g", g)?.view];
+        let (q_rows, k_rows) = (q.dims()[0] * q.dims()[1], k.dims()[0] * k.dims()[1]);
+        let instance = Instance::of(Held::of(OP, "q", q)?.view, &others, q.dims()[2]).filter(|_| apart.is_some());
+        let Some(instance) = instance else {
+            launch(gpu, q, typed!(Attention, "attention_backward_queries", q.dtype()), q_rows, args)?;
+            return launch(gpu, q, typed!(Attention, "attention_backward_keys", q.dtype()), k_rows, args);
+        };
+        launch(gpu, q, typed!(Attention, "attention_delta", q.dtype()), q_rows, args)?;
+        let kernel = instance.kernel(instances!("attention_backward_queries"));
+        let shared = (2 * ROWS + 4 * instance.queries) * instance.pitch();
+        launch_tiles(gpu, q, kernel, query_tiles(&call), q.dims()[1], shared, args)?;
+        let kernel = instance.kernel(instances!("attention_backward_keys"));
+        let shared = (2 * ROWS + 4 * instance.keys) * instance.pitch() + 16 * instance.keys;
+        launch_tiles(gpu, q, kernel, key_tiles(&call), k.dims()[1], shared, args)
     })?;
     Ok((dq, dk, dv))
+}
+
+/// A kernel over tiles, for each of `heads`.
+fn launch_tiles(
+    gpu: &Gpu,
+    q: &Tensor,
+    kernel: Kernel,
+    tiles: Vec<u32>,
+    heads: usize,
+    shared: usize,
+    args: &mut Args,
+) -> Result<()> {
+    if tiles.is_empty() {
+        return Ok(());
+    }
+    let device = cuda_device(OP, q)?;
+    let stream = device.cuda_stream();
+    let there = gpu.upload(device, &tiles)?;
+    args.tiles = address(&there, &stream);
+    // SAFETY: `Args` mirrors the kernels'; tiles start within their sequences, which lie within q and k; memory is of this stream.
+    unsafe { gpu.launch(kernel, [tiles.len() / 2, heads], WARPS, shared, &stream, args) }
 }
 
 /// What all kernels of a call share.
