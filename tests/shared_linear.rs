@@ -6,6 +6,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::{assert_close, f64s, random};
+use metal_candle::backend::custom_ops::fused_lora::{self, Sink};
 use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part, backward_shared, forward_shared};
 use metal_candle::backend::dropout::Dropout;
 use metal_candle::backend::reference::{self, fused_lora::Problem};
@@ -104,9 +105,32 @@ impl Case {
                 assert!(f64s(first) == f64s(second), "{what}: a gradient differs between two runs");
             }
         }
+        if own_kernels && linears[0].dropout.is_none() && linears[0].r > 0 {
+            check_delta(&format!("{what}: the adapter alone"), &x, &linears[0]);
+        }
         assert_close(&format!("{what}: dx"), &dx, &want_dx);
         assert!(f64s(&dx) == f64s(&dx_again), "{what}: dx differs between two runs");
     }
+}
+
+/// The first linear's adapter without the linear: many ranks take the same kernels.
+fn check_delta(what: &str, x: &Tensor, Linear { a, b, g, r, s, .. }: &Linear) {
+    let size = [x.dims()[0], x.dims()[1], *r, b.dims()[1]];
+    let problem = Problem { size, x: f64s(x), a: f64s(a), b: f64s(b), s: *s, mask: None };
+    let (delta, want_h) = reference::fused_lora::forward(&problem);
+    let (want_dx, da, db) = reference::fused_lora::backward(&problem, &f64s(g));
+    assert_close(&format!("{what}: delta"), &fused_lora::delta(x, a, b, *s, None).unwrap(), &delta);
+    let y = g.zeros_like().unwrap();
+    let h = fused_lora::add_into(&y, x, a, b, *s, None).unwrap();
+    assert_close(&format!("{what}: h"), &h, &want_h);
+    let sink = |like: &Tensor| Tensor::ones(like.shape(), DType::F32, x.device()).unwrap();
+    let (dx, da_sink, db_sink) = (x.zeros_like().unwrap(), sink(a), sink(b));
+    let sinks = Sink { dx: Some(&dx), da: Some(&da_sink), db: Some(&db_sink) };
+    fused_lora::backward(x, a, b, Some(&h), g, *s, None, sinks).unwrap();
+    let plus_one = |values: Vec<f64>| values.into_iter().map(|value| value + 1.0).collect::<Vec<_>>();
+    assert_close(&format!("{what}: dx"), &dx, &want_dx);
+    assert_close(&format!("{what}: dA"), &da_sink, &plus_one(da));
+    assert_close(&format!("{what}: dB"), &db_sink, &plus_one(db));
 }
 
 /// [`forward_shared`]; with `own_kernels` an error where the kernels for compute capability 9.0 don't take the call.

@@ -60,8 +60,8 @@ impl Instance {
         let f16 = q.dtype == DType::F16;
         match dim {
             ..=64 => Some(Self { f16, size: 64, forward: 64, queries: 64, keys: 64 }),
-            ..=96 => Some(Self { f16, size: 96, forward: 64, queries: 64, keys: 32 }),
-            ..=128 => Some(Self { f16, size: 128, forward: 64, queries: 32, keys: 32 }),
+            65..=96 => Some(Self { f16, size: 96, forward: 64, queries: 64, keys: 32 }),
+            97..=128 => Some(Self { f16, size: 128, forward: 64, queries: 32, keys: 32 }),
             _ => None,
         }
     }

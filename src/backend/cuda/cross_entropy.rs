@@ -10,7 +10,7 @@ use crate::backend::custom_ops::cross_entropy::Pending;
 
 const OP: &str = "cross_entropy";
 /// Bytes that a chunk's logits may take.
-const CHUNK_BYTES: usize = 128 << 20;
+const CHUNK_BYTES: usize = 256 << 20;
 /// Rows of a chunk are a multiple of this, where there are as many.
 const CHUNK_ROWS: usize = 256;
 

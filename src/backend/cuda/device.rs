@@ -24,6 +24,9 @@ const IMAGES: [&[u8]; 5] = [
 ];
 const MAX_GPUS: usize = 64;
 
+/// Numbers and their copy on the GPU.
+type Upload = (Vec<u32>, Arc<CudaSlice<u32>>);
+
 /// One GPU.
 pub(super) struct Gpu {
     /// Keeps the primary context, and with it the modules, to the end of the process.
@@ -39,7 +42,7 @@ pub(super) struct Gpu {
     /// Whether the module `Linear` is there: its instructions are those of compute capability 9.0 alone.
     pub hopper: bool,
     products: Mutex<Products>,
-    uploads: Mutex<VecDeque<(Vec<u32>, Arc<CudaSlice<u32>>)>>,
+    uploads: Mutex<VecDeque<Upload>>,
 }
 
 // SAFETY: the handles belong to the context, not to a thread, and are only read; `products` is behind a mutex.

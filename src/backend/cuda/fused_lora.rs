@@ -8,6 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaStorage, DType, Layout, Shape, Tensor};
 
 use super::device::{Gpu, Held, Kernel, View, address, cuda_device, empty, scratch, tensor, uninit};
+use super::shared_linear::{self, AdapterViews, PartViews, Wanted};
 use crate::backend::custom_ops::fused_lora::Sink;
 use crate::backend::dropout::Dropout;
 use crate::{Error, Result};
@@ -15,6 +16,8 @@ use crate::{Error, Result};
 const OP: &str = "fused_lora";
 /// Columns that a warp of the backward kernels owns.
 const WARP_COLUMNS: usize = 64;
+/// Ranks up to which the kernels here are the fastest; with more their instructions bind them, and those of `shared_linear` pass.
+const FEW_RANKS: usize = 32;
 /// Ranks that one launch computes at most; more take several.
 const MAX_RANKS: usize = 64;
 
@@ -166,6 +169,15 @@ pub(super) fn storage_delta(
     size: Size,
     h: Option<View>,
 ) -> Result<CudaStorage> {
+    if size.m > 0 && size.r > FEW_RANKS && dropout.is_none() {
+        let adapter = AdapterViews { a, b, r: size.r, s, dropout };
+        let part = PartViews { w: None, bias: None, n: size.n, adapter: Some(adapter) };
+        if let Some(mut all) = shared_linear::storage_forward_into(device, x, size.m, size.k, &[part], h)?
+            && let Some((y, _)) = all.pop()
+        {
+            return Ok(y);
+        }
+    }
     let storage = uninit(device, &Shape::from((size.m.max(1), size.n)), x.dtype)?;
     if size.m == 0 {
         return Ok(storage);
@@ -347,6 +359,15 @@ pub fn differentiate(
         return Ok(());
     }
     let Size { m, k, r, n } = size;
+    if r > FEW_RANKS && dropout.is_none() {
+        let (a, b) = (a.contiguous()?, b.contiguous()?);
+        let (a, b) = (Held::of(OP, "a", &a)?.view, Held::of(OP, "b", &b)?.view);
+        let part = PartViews { w: None, bias: None, n, adapter: Some(AdapterViews { a, b, r, s, dropout }) };
+        let (dx, sinks) = (sink.dx.map(|dx| (dx, add)), [(sink.da, sink.db)]);
+        if shared_linear::backward_views(x, &[part], &Wanted { h: &[h], g: &[g], dx, sinks: &sinks, add })? {
+            return Ok(());
+        }
+    }
     let stream = device.cuda_stream();
     let call = Call { gpu: Gpu::of(device)?, stream: &stream, dropout, size };
     let (x, a, b, g) = (x.contiguous()?, a.contiguous()?, b.contiguous()?, g.contiguous()?);

@@ -56,7 +56,7 @@ pub(super) fn storage_forward(
     bias: Option<View>,
     [m, k, n]: [usize; 3],
 ) -> Result<CudaStorage> {
-    let part = PartViews { w, bias, n, adapter: None };
+    let part = PartViews { w: Some(w), bias, n, adapter: None };
     if let Some(mut all) = shared_linear::storage_forward(device, x, m, k, &[part])?
         && let Some((y, _)) = all.pop()
     {

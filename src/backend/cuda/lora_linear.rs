@@ -102,7 +102,7 @@ pub(crate) fn taped(
     let views = (View::of(OP, "x", x.0, x.1)?, View::of(OP, "a", a.0, a.1)?, View::of(OP, "b", b.0, b.1)?);
     let adapter = Some(AdapterViews { a: views.1, b: views.2, r: size.r, s, dropout });
     let frozen = (Held::of(OP, "w", w)?.view, Held::option(OP, "bias", bias)?.map(|bias| bias.view));
-    let part = PartViews { w: frozen.0, bias: frozen.1, n: size.n, adapter };
+    let part = PartViews { w: Some(frozen.0), bias: frozen.1, n: size.n, adapter };
     if let Some(mut all) = shared_linear::storage_forward(device, views.0, size.m, size.k, &[part])?
         && let Some((y, Some(h))) = all.pop()
     {

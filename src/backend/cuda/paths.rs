@@ -1,4 +1,4 @@
-//! Which dtypes and shapes run on which kernels. The dispatch in `fused_lora.rs` and `linear.rs` follows these rules.
+//! Which dtypes and shapes run on which kernels. The dispatch in the ops' files follows these rules.
 
 /// One way through an op on CUDA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,10 @@ const ADAPTED: &str = "bf16 or f16 with its own or f32 adapters; f32 with f32";
 pub fn paths() -> Vec<Path> {
     const LORA: &str = "fused_lora";
     const LINEAR: &str = "linear";
+    const ATTENTION: &str = "attention";
+    const FLOATS: &str = "f32, f16, bf16";
+    const HOPPER: &str =
+        "compute capability 9.0; sizes multiples of 8, on 16 bytes, a third of the multiprocessors' tiles of 256 x 256";
     vec![
         path(
             LORA,
@@ -40,8 +44,15 @@ pub fn paths() -> Vec<Path> {
             "a block a row, bound by latency",
             true,
         ),
-        path(LORA, ADAPTED, "the same with r 33 to 64", "the same, bound by the products' instructions", false),
-        path(LORA, ADAPTED, "the same with r 65 to 256", "a pass over x for every 64 ranks", false),
+        path(
+            LORA,
+            ADAPTED,
+            "r over 32, as linear's first way takes its sizes",
+            "as lora_linear's, without the base",
+            true,
+        ),
+        path(LORA, ADAPTED, "r 33 to 64 elsewhere", "one pass over x, bound by the products' instructions", false),
+        path(LORA, ADAPTED, "r 65 to 256 elsewhere", "a pass over x for every 64 ranks", false),
         path(LORA, ADAPTED, "any other k, n or alignment", "tensor cores, element by element from memory", false),
         path(
             LORA,
@@ -51,6 +62,7 @@ pub fn paths() -> Vec<Path> {
             false,
         ),
         path(LORA, "any of these", "strided tensors", "a contiguous copy first", false),
+        path(LINEAR, "bf16", HOPPER, "own kernel on wgmma", true),
         path(LINEAR, "x and W of one dtype", "any", "cuBLASLt", true),
         path(
             LINEAR,
@@ -62,11 +74,29 @@ pub fn paths() -> Vec<Path> {
         path(LINEAR, "any", "the bias's gradient", "Candle's sum", false),
         path(
             "lora_linear",
-            ADAPTED,
-            "as fused_lora and linear",
-            "fused_lora into y, then cuBLASLt adds x Wᵀ in its epilogue",
+            "bf16 with its own or f32 adapters",
+            HOPPER,
+            "own kernel on wgmma: the adapter is a segment of the base's inner dimension; up to three linears at once",
             true,
         ),
+        path("lora_linear", ADAPTED, "any other", "fused_lora into y, then cuBLASLt adds x Wᵀ in its epilogue", false),
+        path(ATTENTION, "f16, bf16", "head sizes up to 128, multiples of 8", "tiles on tensor cores", true),
+        path(
+            ATTENTION,
+            "f32, f16, bf16",
+            "any other head size up to 256; keys in several sequences",
+            "a warp a row",
+            false,
+        ),
+        path("rms_norm", FLOATS, "rows of a multiple of 8, on 16 bytes", "a block a row, 16 bytes an access", true),
+        path("rms_norm", FLOATS, "any other", "a block a row, an element an access", false),
+        path("rope", FLOATS, "head sizes that are multiples of 16, on 16 bytes", "16 bytes an access", true),
+        path("rope", FLOATS, "any other", "an element an access", false),
+        path("swiglu", FLOATS, "a multiple of 8 elements, on 16 bytes", "16 bytes an access", true),
+        path("swiglu", FLOATS, "any other", "an element an access", false),
+        path("embedding", FLOATS, "any", "a block a row; backward a block an id", true),
+        path("cross_entropy", FLOATS, "any", "chunks of rows: linear, softmax and its gradient, linear", true),
+        path("adamw", "f32", "any", "one launch for all trained values", true),
     ]
 }
 
@@ -76,7 +106,8 @@ mod tests {
 
     #[test]
     fn every_op_has_a_fast_path() {
-        for op in ["fused_lora", "linear", "lora_linear"] {
+        let ops = ["fused_lora", "linear", "lora_linear", "attention", "rms_norm", "rope", "swiglu", "embedding"];
+        for op in ops.into_iter().chain(["cross_entropy", "adamw"]) {
             assert!(paths().iter().any(|path| path.op == op && path.fast), "{op}");
         }
     }

@@ -27,10 +27,10 @@ pub fn available(ordinal: usize) -> Result<bool> {
     Ok(Gpu::of(&CudaDevice::new(ordinal)?)?.hopper)
 }
 
-/// A linear and its adapter as memory, without gaps. W is `[n, k]`, bias `[n]` bf16.
+/// A linear and its adapter as memory, without gaps. W is `[n, k]`, bias `[n]` bf16; without W it is the adapter alone.
 #[derive(Clone, Copy)]
 pub(super) struct PartViews {
-    pub w: View,
+    pub w: Option<View>,
     pub bias: Option<View>,
     pub n: usize,
     pub adapter: Option<AdapterViews>,
@@ -67,7 +67,8 @@ impl<'a> Call<'a> {
         let bf16 = |view: View| view.dtype == DType::BF16 && view.aligned();
         let pairs = m.div_ceil(256);
         let tiles = pairs * k.div_ceil(256).min(parts.iter().map(|part| part.n.div_ceil(256)).sum());
-        let regular = k.is_multiple_of(8) && parts.iter().all(|part| bf16(part.w) && part.n.is_multiple_of(8));
+        let regular =
+            k.is_multiple_of(8) && parts.iter().all(|part| part.w.is_none_or(bf16) && part.n.is_multiple_of(8));
         let dtype = parts.iter().find_map(|part| part.adapter).map_or(DType::F32, |adapter| adapter.a.dtype);
         let alike = |adapter: AdapterViews| adapter.a.dtype == dtype && adapter.b.dtype == dtype;
         let taken = gpu.hopper
@@ -110,24 +111,40 @@ impl<'a> Call<'a> {
     }
 }
 
-/// `(y, h)` of each, y as storage `[m, n]`, or `None` where these kernels don't take the call.
+/// What forward gives: y as storage `[m, n]`, and h with an adapter.
+type Made = Vec<(CudaStorage, Option<Tensor>)>;
+
+/// `(y, h)` of each, or `None` where these kernels don't take the call.
 pub(super) fn storage_forward(
     device: &CudaDevice,
     x: View,
     m: usize,
     k: usize,
     parts: &[PartViews],
-) -> Result<Option<Vec<(CudaStorage, Option<Tensor>)>>> {
+) -> Result<Option<Made>> {
+    storage_forward_into(device, x, m, k, parts, None)
+}
+
+/// [`storage_forward`] of one part, whose h goes to `h_to` where that is given.
+pub(super) fn storage_forward_into(
+    device: &CudaDevice,
+    x: View,
+    m: usize,
+    k: usize,
+    parts: &[PartViews],
+    h_to: Option<View>,
+) -> Result<Option<Made>> {
     let Some(call) = Call::of(device, x, m, k, parts)? else { return Ok(None) };
     let stream = device.cuda_stream();
     let hopper = Hopper { gpu: call.gpu, stream: &stream };
-    let (h, terms, b_terms) = project(&call, &hopper, x, parts)?;
+    let (h, terms, b_terms) = project(&call, &hopper, x, parts, h_to)?;
     let mut outputs = Vec::with_capacity(parts.len());
     let mut all_y = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
         let y = uninit(device, &Shape::from((m, part.n)), DType::BF16)?;
-        let right = Matrix::of(part.w, part.n, k);
-        let mut segments = vec![Segment { left: Matrix::of(x, m, k), right, adapter: false }];
+        let base =
+            part.w.map(|w| Segment { left: Matrix::of(x, m, k), right: Matrix::of(w, part.n, k), adapter: false });
+        let mut segments: Vec<Segment> = base.into_iter().collect();
         if let (Some(terms), Some(b_terms)) = (&terms[i], &b_terms[i]) {
             segments.push(Segment { left: held(terms)?, right: held(b_terms)?, adapter: true });
         }
@@ -140,8 +157,11 @@ pub(super) fn storage_forward(
     Ok(Some(all_y.into_iter().zip(h).collect()))
 }
 
+/// y of each part, and h with an adapter.
+type Outputs = Vec<(Tensor, Option<Tensor>)>;
+
 /// `(y, h)` of each, or `None` where these kernels don't take the call.
-pub fn forward(x: &Tensor, parts: &[Part]) -> Result<Option<Vec<(Tensor, Option<Tensor>)>>> {
+pub fn forward(x: &Tensor, parts: &[Part]) -> Result<Option<Outputs>> {
     let (x, owned) = (x.contiguous()?, Owned::of(parts)?);
     let k = x.dims().last().copied().unwrap_or(1);
     let m = x.elem_count() / k.max(1);
@@ -186,7 +206,7 @@ impl Owned {
                 None => None,
             };
             let bias = Held::option(OP, "bias", part.bias.as_ref())?.map(|bias| bias.view);
-            Ok(PartViews { w: Held::of(OP, "w", &part.w)?.view, bias, n: part.w.dims()[0], adapter })
+            Ok(PartViews { w: Some(Held::of(OP, "w", &part.w)?.view), bias, n: part.w.dims()[0], adapter })
         };
         self.0.iter().map(view).collect()
     }
@@ -195,7 +215,13 @@ impl Owned {
 type Each = Vec<Option<Tensor>>;
 
 /// For each part h `[m, r]` f32, the terms of s h, and those of B.
-fn project(call: &Call, hopper: &Hopper, x: View, parts: &[PartViews]) -> Result<(Each, Each, Each)> {
+fn project(
+    call: &Call,
+    hopper: &Hopper,
+    x: View,
+    parts: &[PartViews],
+    h_to: Option<View>,
+) -> Result<(Each, Each, Each)> {
     let (m, k, blocks) = (call.m, call.k, call.blocks);
     let (mut h, mut terms, mut b_terms) = (Each::new(), Each::new(), Each::new());
     for part in parts {
@@ -205,7 +231,10 @@ fn project(call: &Call, hopper: &Hopper, x: View, parts: &[PartViews]) -> Result
             b_terms.push(None);
             continue;
         };
-        h.push(Some(tensor(uninit(call.device, &Shape::from((m, r)), DType::F32)?, (m, r))));
+        h.push(match h_to {
+            Some(_) => None,
+            None => Some(tensor(uninit(call.device, &Shape::from((m, r)), DType::F32)?, (m, r))),
+        });
         terms.push(Some(call.columns(r)?));
         b_terms.push(Some(call.rows(r, part.n)?));
     }
@@ -216,10 +245,14 @@ fn project(call: &Call, hopper: &Hopper, x: View, parts: &[PartViews]) -> Result
     write_adapter_terms(call, hopper, parts, a_terms.as_ref(), &b_terms)?;
     let mut projected = Vec::new();
     for ((part, h), terms) in parts.iter().zip(&h).zip(&terms) {
-        let (Some(adapter), Some(h), Some(terms)) = (part.adapter, h, terms) else { continue };
+        let (Some(adapter), Some(terms)) = (part.adapter, terms) else { continue };
         let AdapterViews { a, b, r, s, dropout } = adapter;
         let terms = Terms { all: held(terms)?, from: 0, r, ranks: r, blocks };
-        let h = Held::of(OP, "h", h)?.view;
+        let h = match (h, h_to) {
+            (Some(h), _) => Held::of(OP, "h", h)?.view,
+            (None, Some(h_to)) => h_to,
+            (None, None) => continue,
+        };
         if call.dropped {
             fused_lora::project_into(call.device, [x, a, b], dropout, call.size(r, part.n), h)?;
             hopper.part_terms(h.ptr, 1, s, terms)?;
@@ -249,12 +282,39 @@ pub struct Wanted<'a> {
 
 /// The gradients, or false where these kernels don't take the call.
 pub fn backward(x: &Tensor, parts: &[Part], wanted: &Wanted) -> Result<bool> {
-    let (x, owned) = (x.contiguous()?, Owned::of(parts)?);
+    let owned = Owned::of(parts)?;
     let views = owned.views()?;
+    if !parts.iter().any(|part| part.adapter.is_some_and(|adapter| adapter.dropout.is_some())) {
+        return backward_views(x, &views, wanted);
+    }
+    // dx's part of the adapters is dropped too, so that it is no segment of the base's product.
+    let base: Vec<PartViews> = views.iter().map(|part| PartViews { adapter: None, ..*part }).collect();
+    if !backward_views(x, &base, &Wanted { sinks: &vec![(None, None); parts.len()], ..*wanted })? {
+        return Ok(false);
+    }
+    for (i, part) in parts.iter().enumerate() {
+        let Some(Adapter { a, b, s, dropout }) = part.adapter else { continue };
+        let k = a.dims()[0];
+        let size = Size { m: x.elem_count() / k, k, r: b.dims()[0], n: b.dims()[1] };
+        let (da, db) = wanted.sinks[i];
+        // The sinks of A and B and that of x may differ in whether they are added to.
+        let sink = Sink { dx: None, da, db };
+        fused_lora::differentiate(x, a, b, wanted.h[i], wanted.g[i], s, dropout, size, &sink, wanted.add)?;
+        if let Some((dx, _)) = wanted.dx {
+            let sink = Sink { dx: Some(dx), da: None, db: None };
+            fused_lora::differentiate(x, a, b, wanted.h[i], wanted.g[i], s, dropout, size, &sink, true)?;
+        }
+    }
+    Ok(true)
+}
+
+/// [`backward`] without dropout.
+pub(super) fn backward_views(x: &Tensor, views: &[PartViews], wanted: &Wanted) -> Result<bool> {
+    let x = x.contiguous()?;
     let k = x.dims().last().copied().unwrap_or(1);
     let m = x.elem_count() / k.max(1);
     let x_view = Held::of(OP, "x", &x)?.view;
-    let Some(call) = Call::of(cuda_device(OP, &x)?, x_view, m, k, &views)? else { return Ok(false) };
+    let Some(call) = Call::of(cuda_device(OP, &x)?, x_view, m, k, views)? else { return Ok(false) };
     let g: Vec<Tensor> = wanted.g.iter().map(|g| g.contiguous()).collect::<candle_core::Result<_>>()?;
     let g_views: Vec<View> = g.iter().map(|g| Ok(Held::of(OP, "g", g)?.view)).collect::<Result<_>>()?;
     let dx = match wanted.dx {
@@ -267,32 +327,11 @@ pub fn backward(x: &Tensor, parts: &[Part], wanted: &Wanted) -> Result<bool> {
     }
     let stream = call.device.cuda_stream();
     let hopper = Hopper { gpu: call.gpu, stream: &stream };
-    let base = views.iter().zip(&g_views).map(|(part, g)| {
-        let (left, right) = (Matrix::of(*g, m, part.n), Matrix::of(part.w, part.n, k));
-        Segment { left, right, adapter: false }
+    let base = views.iter().zip(&g_views).filter_map(|(part, g)| {
+        let (left, right) = (Matrix::of(*g, m, part.n), Matrix::of(part.w?, part.n, k));
+        Some(Segment { left, right, adapter: false })
     });
     let mut segments: Vec<Segment> = base.collect();
-    if call.dropped {
-        // dx's part of the adapter is dropped too, so that it is no segment of the base's product.
-        let mut add = dx.is_some_and(|(_, add)| add);
-        for (i, part) in parts.iter().enumerate() {
-            let Some(Adapter { a, b, s, dropout }) = part.adapter else { continue };
-            let size = call.size(b.dims()[0], b.dims()[1]);
-            let (da, db) = wanted.sinks[i];
-            // The sinks of A and B and that of x may differ in whether they are added to.
-            let sink = Sink { dx: None, da, db };
-            fused_lora::differentiate(&x, a, b, wanted.h[i], &g[i], s, dropout, size, &sink, wanted.add)?;
-            if let Some((dx, _)) = wanted.dx {
-                let sink = Sink { dx: Some(dx), da: None, db: None };
-                fused_lora::differentiate(&x, a, b, wanted.h[i], &g[i], s, dropout, size, &sink, add)?;
-                add = true;
-            }
-        }
-        if let Some((dx, _)) = dx {
-            hopper.linear(true, m, &[Output { to: Matrix::of(dx, m, k), add, bias: 0, segments }])?;
-        }
-        return Ok(true);
-    }
     let any_a = wanted.sinks.iter().any(|(da, _)| da.is_some());
     let terms = if call.ranks > 0 && (dx.is_some() || any_a) {
         let u_terms = call.columns(call.ranks)?;
@@ -300,7 +339,7 @@ pub fn backward(x: &Tensor, parts: &[Part], wanted: &Wanted) -> Result<bool> {
     } else {
         None
     };
-    output_side(&call, &hopper, x_view, &views, wanted, &g_views, terms.as_ref())?;
+    output_side(&call, &hopper, x_view, views, wanted, &g_views, terms.as_ref())?;
     if let (Some((u_terms, _)), true) = (&terms, any_a) {
         let mut from = 0;
         let mut sinks = Vec::new();
@@ -331,7 +370,7 @@ pub(super) fn input_gradient(
     [m, k, n]: [usize; 3],
 ) -> Result<bool> {
     // x itself is not read: dx stands for it.
-    let part = PartViews { w, bias: None, n, adapter: None };
+    let part = PartViews { w: Some(w), bias: None, n, adapter: None };
     let Some(call) = Call::of(device, dx, m, k, &[part])?.filter(|_| g.dtype == DType::BF16 && g.aligned()) else {
         return Ok(false);
     };
