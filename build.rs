@@ -8,9 +8,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-const SOURCES: [&str; 5] = ["fused_lora", "fused_lora_backward", "linear", "decoder", "attention"];
+const SOURCES: [&str; 6] = ["fused_lora", "fused_lora_backward", "linear", "decoder", "attention", "attention_hopper"];
 /// Of these, those whose instructions only compute capability 9.0 has. Other GPUs take other ways.
-const HOPPER: [&str; 1] = ["linear"];
+const HOPPER: [&str; 2] = ["linear", "attention_hopper"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -298,6 +298,17 @@ fn attention_agrees() {
         check_attention(&long, Heads { q_heads: 2, kv_heads: 1, dim: 64 }, None, dtype);
         check_attention(&long, Heads { q_heads: 2, kv_heads: 2, dim: 16 }, Some(70), dtype);
     }
+    // Every head size that a kernel pads to, and several sequences longer than a block of its rows.
+    let several = [
+        Sequence { q_start: 0, q_len: 150, k_start: 0, k_len: 213 },
+        Sequence { q_start: 150, q_len: 1, k_start: 213, k_len: 1 },
+        Sequence { q_start: 151, q_len: 70, k_start: 214, k_len: 70 },
+    ];
+    for (dim, window) in [(40, None), (64, Some(70)), (80, None), (104, Some(33)), (128, None)] {
+        for dtype in [DType::BF16, DType::F16] {
+            check_attention(&several, Heads { q_heads: 4, kv_heads: 2, dim }, window, dtype);
+        }
+    }
     for dim in [1, 7, 80, 128] {
         check_attention(&sequences()[..3], Heads { q_heads: 3, kv_heads: 3, dim }, None, DType::F32);
     }

@@ -1,4 +1,4 @@
-//! Attention on CUDA: `attention_tiles.cuh` where it takes a call, else `attention.cuh`. Shapes, dtypes and sequences were checked by `custom_ops::attention`.
+//! Attention on CUDA: `attention_hopper.cuh` or `attention_tiles.cuh` where they take a call, else `attention.cuh`. Shapes, dtypes and sequences were checked by `custom_ops::attention`.
 
 use candle_core::{DType, Tensor};
 
@@ -41,51 +41,80 @@ struct Args {
     tiles: u64,
 }
 
-/// The instance of the tiles' kernels for a call: its padded head size, and the rows of the other side that each kernel takes at a time.
+/// The instance of the tiles' kernels for a call: its padded head size, the rows of a block, and the rows of the other side that each
+/// kernel takes at a time.
 #[derive(Clone, Copy)]
 struct Instance {
-    f16: bool,
+    kind: Kind,
     size: usize,
+    rows: usize,
     forward: usize,
     queries: usize,
     keys: usize,
 }
 
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// bf16 on compute capability 9.0.
+    Hopper,
+    Bf16,
+    F16,
+}
+
 impl Instance {
-    fn of(q: View, others: &[View], dim: usize) -> Option<Self> {
+    fn of(gpu: &Gpu, q: View, others: &[View], dim: usize, call: &AttentionArgs) -> Option<Self> {
         let aligned = q.aligned() && others.iter().all(View::aligned);
         if !matches!(q.dtype, DType::BF16 | DType::F16) || !dim.is_multiple_of(8) || !aligned {
             return None;
         }
-        let f16 = q.dtype == DType::F16;
+        // A block of that kind has 128 rows: too many for a token or two.
+        let long = call.sequences.iter().any(|sequence| sequence.q_len > ROWS);
+        if gpu.hopper && q.dtype == DType::BF16 && long && call.scale > 0.0 && matches!(dim, 1..=64 | 97..=128) {
+            let size = if dim <= 64 { 64 } else { 128 };
+            return Some(Self { kind: Kind::Hopper, size, rows: 2 * ROWS, forward: 128, queries: 64, keys: 64 });
+        }
+        let kind = if q.dtype == DType::F16 { Kind::F16 } else { Kind::Bf16 };
         match dim {
-            ..=64 => Some(Self { f16, size: 64, forward: 64, queries: 64, keys: 64 }),
-            65..=96 => Some(Self { f16, size: 96, forward: 64, queries: 64, keys: 32 }),
-            97..=128 => Some(Self { f16, size: 128, forward: 64, queries: 32, keys: 32 }),
+            ..=64 => Some(Self { kind, size: 64, rows: ROWS, forward: 64, queries: 64, keys: 64 }),
+            65..=96 => Some(Self { kind, size: 96, rows: ROWS, forward: 64, queries: 64, keys: 32 }),
+            97..=128 => Some(Self { kind, size: 128, rows: ROWS, forward: 64, queries: 32, keys: 32 }),
             _ => None,
         }
     }
 
-    fn pitch(&self) -> usize {
-        2 * self.size + 16
+    /// Shared memory for `blocks` tiles of the block's rows and twice two of `other` rows.
+    fn shared(&self, blocks: usize, other: usize) -> usize {
+        match self.kind {
+            Kind::Hopper => (blocks * self.rows + 4 * other) * 2 * self.size + 1024,
+            _ => (blocks * self.rows + 4 * other) * (2 * self.size + 16),
+        }
     }
 
-    fn kernel(&self, [b64, b96, b128, f64, f96, f128]: [&'static str; 6]) -> Kernel {
-        let name = match (self.f16, self.size) {
-            (false, 64) => b64,
-            (false, 96) => b96,
-            (false, _) => b128,
-            (true, 64) => f64,
-            (true, 96) => f96,
-            (true, _) => f128,
+    fn warps(&self) -> usize {
+        self.rows / 16
+    }
+
+    fn kernel(&self, names: [&'static str; 8]) -> Kernel {
+        let [h64, h128, b64, b96, b128, f64, f96, f128] = names;
+        let (module, name) = match (self.kind, self.size) {
+            (Kind::Hopper, 64) => (Module::AttentionHopper, h64),
+            (Kind::Hopper, _) => (Module::AttentionHopper, h128),
+            (Kind::Bf16, 64) => (Module::Attention, b64),
+            (Kind::Bf16, 96) => (Module::Attention, b96),
+            (Kind::Bf16, _) => (Module::Attention, b128),
+            (Kind::F16, 64) => (Module::Attention, f64),
+            (Kind::F16, 96) => (Module::Attention, f96),
+            (Kind::F16, _) => (Module::Attention, f128),
         };
-        Kernel::Named(Module::Attention, name)
+        Kernel::Named(module, name)
     }
 }
 
 macro_rules! instances {
     ($op:literal) => {
         [
+            concat!($op, "_64"),
+            concat!($op, "_128"),
             concat!($op, "_bf16_64"),
             concat!($op, "_bf16_96"),
             concat!($op, "_bf16_128"),
@@ -96,15 +125,17 @@ macro_rules! instances {
     };
 }
 
-/// Pairs of a sequence and the first of 64 of its rows, those with the most work first.
+/// Pairs of a sequence and the first of `step` of its rows, those with the most work first.
 fn tiles(
+    step: usize,
+
     call: &AttentionArgs,
     rows: impl Fn(&Sequence) -> usize,
     work: impl Fn(&Sequence, usize) -> usize,
 ) -> Vec<u32> {
     let mut all = Vec::new();
     for (i, sequence) in call.sequences.iter().enumerate() {
-        all.extend((0..rows(sequence)).step_by(ROWS).map(|first| (work(sequence, first), i as u32, first as u32)));
+        all.extend((0..rows(sequence)).step_by(step).map(|first| (work(sequence, first), i as u32, first as u32)));
     }
     all.sort_by_key(|&(work, sequence, first)| (std::cmp::Reverse(work), sequence, first));
     all.into_iter().flat_map(|(_, sequence, first)| [sequence, first]).collect()
@@ -130,37 +161,39 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, call: AttentionArgs) -> Resul
         args.to_o = Held::of(OP, "o", &o)?.view.ptr;
         args.lse = Held::of(OP, "lse", &lse)?.view.ptr;
         let others = [Held::of(OP, "k", k)?.view, Held::of(OP, "v", v)?.view];
-        let Some(instance) = Instance::of(Held::of(OP, "q", q)?.view, &others, q.dims()[2]) else {
+        let Some(instance) = Instance::of(gpu, Held::of(OP, "q", q)?.view, &others, q.dims()[2], &call) else {
             return launch(gpu, q, typed!(Attention, "attention_forward", q.dtype()), q.dims()[0] * q.dims()[1], args);
         };
         let kernel = instance.kernel(instances!("attention_forward"));
-        let shared = (ROWS + 4 * instance.forward) * instance.pitch();
-        launch_tiles(gpu, q, kernel, query_tiles(&call), q.dims()[1], shared, args)
+        let shared = instance.shared(1, instance.forward);
+        launch_tiles(gpu, q, kernel, instance, query_tiles(&call, instance.rows), q.dims()[1], shared, args)
     })?;
     Ok((o, lse))
 }
 
 /// Tiles of queries: the later, the more keys.
-fn query_tiles(call: &AttentionArgs) -> Vec<u32> {
+fn query_tiles(call: &AttentionArgs, step: usize) -> Vec<u32> {
     tiles(
+        step,
         call,
         |sequence| sequence.q_len,
         |sequence, first| {
-            let end = sequence.k_len - sequence.q_len + (first + ROWS).min(sequence.q_len);
-            end.min(call.window.map_or(end, |window| window + ROWS))
+            let end = sequence.k_len - sequence.q_len + (first + step).min(sequence.q_len);
+            end.min(call.window.map_or(end, |window| window + step))
         },
     )
 }
 
 /// Tiles of keys: the earlier, the more queries.
-fn key_tiles(call: &AttentionArgs) -> Vec<u32> {
+fn key_tiles(call: &AttentionArgs, step: usize) -> Vec<u32> {
     tiles(
+        step,
         call,
         |sequence| sequence.k_len,
         |sequence, first| {
             let before = sequence.k_len - sequence.q_len;
             let seeing = sequence.q_len - first.saturating_sub(before).min(sequence.q_len);
-            seeing.min(call.window.map_or(seeing, |window| window + ROWS))
+            seeing.min(call.window.map_or(seeing, |window| window + step))
         },
     )
 }
@@ -207,27 +240,30 @@ pub fn backward(
         args.dv = Held::of(OP, "dv", &dv)?.view.ptr;
         let others = [Held::of(OP, "k", k)?.view, Held::of(OP, "v", v)?.view, Held::of(OP, "g", g)?.view];
         let (q_rows, k_rows) = (q.dims()[0] * q.dims()[1], k.dims()[0] * k.dims()[1]);
-        let instance = Instance::of(Held::of(OP, "q", q)?.view, &others, q.dims()[2]).filter(|_| apart.is_some());
+        let instance =
+            Instance::of(gpu, Held::of(OP, "q", q)?.view, &others, q.dims()[2], &call).filter(|_| apart.is_some());
         let Some(instance) = instance else {
             launch(gpu, q, typed!(Attention, "attention_backward_queries", q.dtype()), q_rows, args)?;
             return launch(gpu, q, typed!(Attention, "attention_backward_keys", q.dtype()), k_rows, args);
         };
         launch(gpu, q, typed!(Attention, "attention_delta", q.dtype()), q_rows, args)?;
         let kernel = instance.kernel(instances!("attention_backward_queries"));
-        let shared = (2 * ROWS + 4 * instance.queries) * instance.pitch();
-        launch_tiles(gpu, q, kernel, query_tiles(&call), q.dims()[1], shared, args)?;
+        let shared = instance.shared(2, instance.queries);
+        launch_tiles(gpu, q, kernel, instance, query_tiles(&call, instance.rows), q.dims()[1], shared, args)?;
         let kernel = instance.kernel(instances!("attention_backward_keys"));
-        let shared = (2 * ROWS + 4 * instance.keys) * instance.pitch() + 16 * instance.keys;
-        launch_tiles(gpu, q, kernel, key_tiles(&call), k.dims()[1], shared, args)
+        let shared = instance.shared(2, instance.keys) + 16 * instance.keys;
+        launch_tiles(gpu, q, kernel, instance, key_tiles(&call, instance.rows), k.dims()[1], shared, args)
     })?;
     Ok((dq, dk, dv))
 }
 
 /// A kernel over tiles, for each of `heads`.
+#[allow(clippy::too_many_arguments)]
 fn launch_tiles(
     gpu: &Gpu,
     q: &Tensor,
     kernel: Kernel,
+    instance: Instance,
     tiles: Vec<u32>,
     heads: usize,
     shared: usize,
@@ -241,7 +277,7 @@ fn launch_tiles(
     let there = gpu.upload(device, &tiles)?;
     args.tiles = address(&there, &stream);
     // SAFETY: `Args` mirrors the kernels'; tiles start within their sequences, which lie within q and k; memory is of this stream.
-    unsafe { gpu.launch(kernel, [tiles.len() / 2, heads], WARPS, shared, &stream, args) }
+    unsafe { gpu.launch(kernel, [tiles.len() / 2, heads], instance.warps(), shared, &stream, args) }
 }
 
 /// What all kernels of a call share.

@@ -125,8 +125,8 @@ template <class T, int D> __device__ __forceinline__ void write_rows(T* to, int6
   }
 }
 
-// What a block of queries knows of itself.
-struct QueryBlock {
+// What a block of R queries knows of itself.
+template <int R> struct QueryBlock {
   Sequence s;
   int first, count;        // of its queries in the sequence
   int position;            // of the first
@@ -136,7 +136,7 @@ struct QueryBlock {
   __device__ __forceinline__ QueryBlock(const Args& args) {
     s = args.sequences[args.tiles[2 * blockIdx.x]];
     first = args.tiles[2 * blockIdx.x + 1];
-    count = min(ROWS, (int)s.q_len - first);
+    count = min(R, (int)s.q_len - first);
     position = (int)s.k_len - (int)s.q_len + first;
     key_end = position + count;
     key_begin = (int)max((int64_t)0, (int64_t)position - args.window + 1);
@@ -159,11 +159,47 @@ struct QueryBlock {
   }
 };
 
+// What a block of R keys knows of itself: it goes over the queries that see any of them in tiles of n, head after head of its group.
+template <int R> struct KeyBlock {
+  Sequence s;
+  int first, count;        // of its keys in the sequence
+  int before;              // a query's position less its place
+  int kv_head, group;
+  int tiles_begin, tiles, steps;
+  int64_t row;             // of its first key
+
+  __device__ __forceinline__ KeyBlock(const Args& args, int n) {
+    s = args.sequences[args.tiles[2 * blockIdx.x]];
+    first = args.tiles[2 * blockIdx.x + 1];
+    count = min(R, (int)s.k_len - first);
+    before = (int)s.k_len - (int)s.q_len;
+    kv_head = blockIdx.y;
+    group = args.q_heads / args.kv_heads;
+    int begin = max(0, first - before), end = (int)min((int64_t)s.q_len, (int64_t)first + count - 1 + args.window - before);
+    tiles_begin = begin / n;
+    tiles = max(0, (end + n - 1) / n - tiles_begin);
+    steps = tiles * group;
+    row = (int64_t)(s.k_start + first) * args.kv_heads + kv_head;
+  }
+  __device__ __forceinline__ int query(int step, int n) const { return (tiles_begin + step % tiles) * n; }
+  __device__ __forceinline__ int64_t query_row(const Args& args, int step, int n) const {
+    return (int64_t)(s.q_start + query(step, n)) * args.q_heads + kv_head * group + step / tiles;
+  }
+  // Whether all of the queries [query, query + n) see every key.
+  __device__ __forceinline__ bool all_see(const Args& args, int query, int n) const {
+    return query + n <= (int)s.q_len && first + count - 1 <= before + query && (int64_t)first > (int64_t)before + query + n - 1 - args.window;
+  }
+  __device__ __forceinline__ bool seen(const Args& args, int key, int query) const {
+    int place = before + query;
+    return query < (int)s.q_len && first + key <= place && (int64_t)(first + key) > (int64_t)place - args.window;
+  }
+};
+
 // N keys a tile.
 template <class T, int D, int N> __device__ __forceinline__ void forward_tiles(const Args& args) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int PITCH = Tile<T, D>::PITCH;
-  QueryBlock block(args);
+  QueryBlock<ROWS> block(args);
   uint32_t base = shared_at(memory);
   Tile<T, D> q{base};
   auto k = [&](int tile) { return Tile<T, D>{base + (ROWS + tile % 2 * N) * PITCH}; };
@@ -173,11 +209,11 @@ template <class T, int D, int N> __device__ __forceinline__ void forward_tiles(c
   int begin = block.key_begin / N, end = (block.key_end + N - 1) / N;
   auto fetch = [&](int tile) {
     int key = tile * N, count = min(N, (int)block.s.k_len - key);
-    k(tile).template fetch<N>(block.keys<T>(args.k, args, key), kv_stride, count, args.dim);
-    v(tile).template fetch<N>(block.keys<T>(args.v, args, key), kv_stride, count, args.dim);
+    k(tile).template fetch<N>(block.template keys<T>(args.k, args, key), kv_stride, count, args.dim);
+    v(tile).template fetch<N>(block.template keys<T>(args.v, args, key), kv_stride, count, args.dim);
     copies_commit();
   };
-  q.template fetch<ROWS>(block.queries<T>(args.q, args), q_stride, block.count, args.dim);
+  q.template fetch<ROWS>(block.template queries<T>(args.q, args), q_stride, block.count, args.dim);
   fetch(begin);
   float o[D / 8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f}, scale = args.scale * LOG2E;
 #pragma unroll
@@ -240,7 +276,7 @@ template <class T, int D, int N> __device__ __forceinline__ void forward_tiles(c
 template <class T, int D, int N> __device__ __forceinline__ void backward_queries_tiles(const Args& args) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int PITCH = Tile<T, D>::PITCH;
-  QueryBlock block(args);
+  QueryBlock<ROWS> block(args);
   uint32_t base = shared_at(memory);
   Tile<T, D> q{base}, g{base + ROWS * PITCH};
   auto k = [&](int tile) { return Tile<T, D>{base + (2 * ROWS + tile % 2 * N) * PITCH}; };
@@ -250,12 +286,12 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_querie
   int begin = block.key_begin / N, end = (block.key_end + N - 1) / N;
   auto fetch = [&](int tile) {
     int key = tile * N, count = min(N, (int)block.s.k_len - key);
-    k(tile).template fetch<N>(block.keys<T>(args.k, args, key), kv_stride, count, args.dim);
-    v(tile).template fetch<N>(block.keys<T>(args.v, args, key), kv_stride, count, args.dim);
+    k(tile).template fetch<N>(block.template keys<T>(args.k, args, key), kv_stride, count, args.dim);
+    v(tile).template fetch<N>(block.template keys<T>(args.v, args, key), kv_stride, count, args.dim);
     copies_commit();
   };
-  q.template fetch<ROWS>(block.queries<T>(args.q, args), q_stride, block.count, args.dim);
-  g.template fetch<ROWS>(block.queries<T>(args.g, args), q_stride, block.count, args.dim);
+  q.template fetch<ROWS>(block.template queries<T>(args.q, args), q_stride, block.count, args.dim);
+  g.template fetch<ROWS>(block.template queries<T>(args.g, args), q_stride, block.count, args.dim);
   fetch(begin);
   float lse[2], delta[2], scale = args.scale * LOG2E, dq[D / 8][4];
 #pragma unroll
@@ -299,9 +335,7 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_querie
 template <class T, int D, int N> __device__ __forceinline__ void backward_keys_tiles(const Args& args) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int PITCH = Tile<T, D>::PITCH;
-  Sequence s = args.sequences[args.tiles[2 * blockIdx.x]];
-  int first = args.tiles[2 * blockIdx.x + 1], count = min(ROWS, (int)s.k_len - first), kv_head = blockIdx.y, group = args.q_heads / args.kv_heads;
-  int before = (int)s.k_len - (int)s.q_len;  // a query's position less its place
+  KeyBlock<ROWS> block(args, N);
   uint32_t base = shared_at(memory);
   Tile<T, D> k{base}, v{base + ROWS * PITCH};
   auto q = [&](int step) { return Tile<T, D>{base + (2 * ROWS + step % 2 * N) * PITCH}; };
@@ -309,12 +343,9 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
   float* numbers = (float*)(memory + (2 * ROWS + 4 * N) * PITCH);  // lse and δ of the tile's queries, twice
   int warp_row = 16 * (threadIdx.x / 32), lane = threadIdx.x % 32;
   int64_t q_stride = (int64_t)args.q_heads * args.dim, kv_stride = (int64_t)args.kv_heads * args.dim;
-  // Queries that see any of the keys.
-  int query_begin = max(0, first - before), query_end = (int)min((int64_t)s.q_len, (int64_t)first + count - 1 + args.window - before);
-  int tiles_begin = query_begin / N, tiles = max(0, (query_end + N - 1) / N - tiles_begin), steps = tiles * group;
   auto fetch = [&](int step) {
-    int head = kv_head * group + step / tiles, query = (tiles_begin + step % tiles) * N, there = min(N, (int)s.q_len - query);
-    int64_t row = (int64_t)(s.q_start + query) * args.q_heads + head;
+    int there = min(N, (int)block.s.q_len - block.query(step, N));
+    int64_t row = block.query_row(args, step, N);
     q(step).template fetch<N>((const T*)args.q + row * args.dim, q_stride, there, args.dim);
     g(step).template fetch<N>((const T*)args.g + row * args.dim, q_stride, there, args.dim);
     for (int i = threadIdx.x; i < N; i += TILE_THREADS) {
@@ -323,17 +354,16 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
     }
     copies_commit();
   };
-  int64_t kv_row = (int64_t)(s.k_start + first) * args.kv_heads + kv_head;
-  k.template fetch<ROWS>((const T*)args.k + kv_row * args.dim, kv_stride, count, args.dim);
-  v.template fetch<ROWS>((const T*)args.v + kv_row * args.dim, kv_stride, count, args.dim);
+  k.template fetch<ROWS>((const T*)args.k + block.row * args.dim, kv_stride, block.count, args.dim);
+  v.template fetch<ROWS>((const T*)args.v + block.row * args.dim, kv_stride, block.count, args.dim);
   float dk[D / 8][4], dv[D / 8][4], scale = args.scale * LOG2E;
 #pragma unroll
   for (int j = 0; j < D / 8; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) dk[j][e] = dv[j][e] = 0.f;
-  if (steps > 0) fetch(0);
-  for (int step = 0; step < steps; step++) {
-    if (step + 1 < steps) {
+  if (block.steps > 0) fetch(0);
+  for (int step = 0; step < block.steps; step++) {
+    if (step + 1 < block.steps) {
       fetch(step + 1);
       copies_wait<1>();
     } else {
@@ -341,17 +371,16 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
     }
     __syncthreads();
     const float *lse = numbers + (step % 2) * 2 * N, *delta = lse + N;
-    int query = (tiles_begin + step % tiles) * N;
+    int query = block.query(step, N);
     float p[N / 8][4], dp[N / 8][4];
     products<T, D, N>(p, k, warp_row, q(step));
-    bool whole = query + N <= (int)s.q_len && first + count - 1 <= before + query && (int64_t)first > (int64_t)before + query + N - 1 - args.window;
+    bool whole = block.all_see(args, query, N);
 #pragma unroll
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        int key = first + warp_row + lane / 4 + 8 * (e / 2), at = 8 * j + 2 * (lane % 4) + e % 2, place = before + query + at;
-        bool sees = whole || (query + at < (int)s.q_len && key <= place && (int64_t)key > (int64_t)place - args.window);
-        p[j][e] = sees ? exp2f(scale * p[j][e] - lse[at]) : 0.f;
+        int key = warp_row + lane / 4 + 8 * (e / 2), at = 8 * j + 2 * (lane % 4) + e % 2;
+        p[j][e] = whole || block.seen(args, key, query + at) ? exp2f(scale * p[j][e] - lse[at]) : 0.f;
       }
     weighted<T, D, N>(dv, p, g(step));
     products<T, D, N>(dp, v, warp_row, g(step));
@@ -362,8 +391,8 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
     weighted<T, D, N>(dk, p, q(step));
     __syncthreads();
   }
-  write_rows<T, D>((T*)args.dk + kv_row * args.dim, kv_stride, dk, args.scale, args.scale, warp_row, count, args.dim);
-  write_rows<T, D>((T*)args.dv + kv_row * args.dim, kv_stride, dv, 1.f, 1.f, warp_row, count, args.dim);
+  write_rows<T, D>((T*)args.dk + block.row * args.dim, kv_stride, dk, args.scale, args.scale, warp_row, block.count, args.dim);
+  write_rows<T, D>((T*)args.dv + block.row * args.dim, kv_stride, dv, 1.f, 1.f, warp_row, block.count, args.dim);
 }
 
 template <class T> __device__ __forceinline__ void delta_rows(const Args& args) {

@@ -15,12 +15,13 @@ use super::linear::Products;
 use crate::{Error, Result};
 
 /// The compiled sources, in the order of [`Module`].
-const IMAGES: [&[u8]; 5] = [
+const IMAGES: [&[u8]; 6] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/decoder.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/attention_hopper.fatbin")),
 ];
 const MAX_GPUS: usize = 64;
 
@@ -39,7 +40,7 @@ pub(super) struct Gpu {
     pub shared: usize,
     /// Whether a kernel may start before the one ahead of it has ended.
     dependent_launch: bool,
-    /// Whether the module `Linear` is there: its instructions are those of compute capability 9.0 alone.
+    /// Whether the modules for compute capability 9.0 are there: their instructions are those of that one alone.
     pub hopper: bool,
     products: Mutex<Products>,
     uploads: Mutex<VecDeque<Upload>>,
@@ -60,6 +61,8 @@ pub(super) enum Module {
     /// The decoder's small ops.
     Decoder,
     Attention,
+    /// For compute capability 9.0 only.
+    AttentionHopper,
 }
 
 /// The kernel `<op>_<dtype>` of a module.
@@ -427,7 +430,7 @@ pub(super) fn empty(device: &CudaDevice, shape: impl Into<Shape>, dtype: DType) 
 fn load_all(hopper: bool) -> Result<[sys::CUmodule; IMAGES.len()]> {
     let mut modules = [std::ptr::null_mut(); IMAGES.len()];
     for (i, image) in IMAGES.into_iter().enumerate() {
-        if hopper || i != Module::Linear as usize {
+        if hopper || ![Module::Linear as usize, Module::AttentionHopper as usize].contains(&i) {
             modules[i] = load(image)?;
         }
     }

@@ -80,7 +80,20 @@ pub fn paths() -> Vec<Path> {
             true,
         ),
         path("lora_linear", ADAPTED, "any other", "fused_lora into y, then cuBLASLt adds x Wᵀ in its epilogue", false),
-        path(ATTENTION, "f16, bf16", "head sizes up to 128, multiples of 8", "tiles on tensor cores", true),
+        path(
+            ATTENTION,
+            "bf16",
+            "compute capability 9.0; head sizes to 64 and 97 to 128, multiples of 8; more than 64 queries",
+            "wgmma",
+            true,
+        ),
+        path(
+            ATTENTION,
+            "f16, bf16",
+            "any other head sizes to 128 that are multiples of 8",
+            "tiles on tensor cores",
+            true,
+        ),
         path(
             ATTENTION,
             "f32, f16, bf16",
