@@ -155,7 +155,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, call: AttentionArgs) -> Resul
             tensor(uninit(device, q.shape(), q.dtype())?, q.shape()),
             tensor(uninit(device, &lse_shape.into(), DType::F32)?, lse_shape),
         ),
-        false => (q.zeros_like()?, Tensor::zeros(lse_shape, DType::F32, q.device())?),
+        false => (q.zeros_like()?, Tensor::full(f32::NEG_INFINITY, lse_shape, q.device())?),
     };
     with_args(q, k, v, call, |gpu, args| {
         args.to_o = Held::of(OP, "o", &o)?.view.ptr;
@@ -225,7 +225,8 @@ pub fn backward(
     let covered = call.sequences.iter().map(|sequence| sequence.q_len).sum::<usize>() == q.dims()[0];
     let apart = keys_apart(&call, k.dims()[0]);
     let dq = if covered { like(q)? } else { q.zeros_like()? };
-    let (dk, dv) = if apart == Some(true) { (like(k)?, like(v)?) } else { (k.zeros_like()?, v.zeros_like()?) };
+    let written = apart == Some(true) && q.elem_count() > 0;
+    let (dk, dv) = if written { (like(k)?, like(v)?) } else { (k.zeros_like()?, v.zeros_like()?) };
     if q.elem_count() == 0 || k.elem_count() == 0 {
         return Ok((dq, dk, dv));
     }

@@ -83,14 +83,14 @@ pub fn paths() -> Vec<Path> {
         path(
             ATTENTION,
             "bf16",
-            "compute capability 9.0; head sizes to 64 and 97 to 128, multiples of 8; more than 64 queries",
+            "compute capability 9.0; head sizes to 64 and 97 to 128, multiples of 8; more than 64 queries, scale over 0, on 16 bytes",
             "wgmma",
             true,
         ),
         path(
             ATTENTION,
             "f16, bf16",
-            "any other head sizes to 128 that are multiples of 8",
+            "any other head sizes to 128 that are multiples of 8, on 16 bytes",
             "tiles on tensor cores",
             true,
         ),
