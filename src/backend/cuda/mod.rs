@@ -1,7 +1,8 @@
 //! The ops on NVIDIA GPUs of compute capability 8.0 and up, with the feature `cuda`.
 //!
-//! Our kernels (`*.cuh`, instances in `*.cu`) make the adapter's products; cuBLASLt makes the base's. An op costs its outputs'
-//! and its scratch's allocation and its launches: no event, no synchronisation. [`paths`] lists what runs fast.
+//! Our kernels (`*.cuh`, instances in `*.cu`) make everything but those of the base's products that cuBLASLt does better. An op costs
+//! its outputs' and its scratch's allocation and its launches: no event, no synchronisation, but where a number goes back to the host (the
+//! loss, the gradient's norm). [`paths`] lists what runs fast.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod adamw;
@@ -15,6 +16,8 @@ mod device;
 pub(crate) mod embedding;
 #[cfg(feature = "cuda")]
 pub mod fused_lora;
+#[cfg(feature = "cuda")]
+mod fused_lora_launch;
 #[cfg(feature = "cuda")]
 mod hopper;
 #[cfg(feature = "cuda")]

@@ -4,7 +4,7 @@
 //! `hidden` `[T, H]` and `head` `[V, H]` f32, f16 or bf16, each of its own dtype; `targets` T ids, of which rows with
 //! [`IGNORE`] are left out before any work. The counted rows are taken in chunks whose logits fit in a bounded buffer; in
 //! backward the chunk's logits become `scale · (softmax(z) - onehot)` in place, which gives `dhidden = P · head` and
-//! `dhead += Pᵀ · hidden` at once. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
+//! `dhead += Pᵀ · hidden` at once. On a GPU P is rounded to hidden's dtype. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
 //! (Wijmans et al., "Cut your losses in large-vocabulary language models", 2024).
 
 use candle_core::{DType, Tensor};
