@@ -158,15 +158,38 @@ impl Kernel {
 
 /// See [`super::check`].
 pub(super) fn check(ordinal: usize) -> Result<()> {
-    let device = std::panic::catch_unwind(|| CudaDevice::new(ordinal));
-    match device {
-        Ok(Ok(device)) => Gpu::of(&device).map(|_| ()),
-        Ok(Err(error)) => Err(failed(format!("GPU {ordinal} cannot be opened: {error}"))),
-        // cudarc panics where the driver or a library of the toolkit cannot be loaded.
-        Err(_) => Err(failed(
-            "the NVIDIA driver, cuBLAS or cuRAND cannot be loaded (libcuda, libcublas, libcurand)".to_string(),
-        )),
+    let missing = missing_libraries();
+    if !missing.is_empty() {
+        let names = missing.join(", ");
+        return Err(failed(format!(
+            "cannot be loaded: {names}; is the driver there, and are they on LD_LIBRARY_PATH?"
+        )));
     }
+    let device =
+        CudaDevice::new(ordinal).map_err(|error| failed(format!("GPU {ordinal} cannot be opened: {error}")))?;
+    Gpu::of(&device).map(|_| ())
+}
+
+/// What cudarc would panic for the lack of.
+#[cfg(feature = "dynamic-loading")]
+fn missing_libraries() -> Vec<&'static str> {
+    use candle_core::cuda_backend::cudarc;
+    // SAFETY: opening a system library runs its initialisers, which any use of the GPU would do.
+    let present = unsafe {
+        [
+            ("libcuda", cudarc::driver::sys::is_culib_present()),
+            ("libcublas", cudarc::cublas::sys::is_culib_present()),
+            ("libcublasLt", cudarc::cublaslt::sys::is_culib_present()),
+            ("libcurand", cudarc::curand::sys::is_culib_present()),
+        ]
+    };
+    present.into_iter().filter(|(_, there)| !there).map(|(name, _)| name).collect()
+}
+
+/// None: the program is linked to them, and does not start without them.
+#[cfg(not(feature = "dynamic-loading"))]
+fn missing_libraries() -> Vec<&'static str> {
+    Vec::new()
 }
 
 impl Gpu {
