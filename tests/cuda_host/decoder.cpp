@@ -161,6 +161,14 @@ template <class T> void check_cross_entropy(int rows, int vocab, int warps) {
     for (int i = 0; i < vocab; i++) want_p.push_back(scale * (exp(z[row * vocab + i]) / sum - (i == targets[row])));
   }
   compare("cross_entropy loss", losses, want_losses), compare("cross_entropy P", p, want_p);
+  // A NaN beside the target makes the loss NaN; the other rows' stay.
+  logits.data()[(targets[0] + 1) % vocab] = NAN;
+  args.p = nullptr;
+  launch({rows}, 32 * warps, 0, false, [&](unsigned char*) { cross_entropy::rows<T>(args); });
+  bool lost = !std::isnan(losses.data()[0]);
+  losses.data()[0] = want_losses[0];
+  compare("cross_entropy loss, without P", losses, want_losses);
+  judge("cross_entropy of NaN", {lost ? 0. : 1.}, {1}, 0, true);
 }
 
 template <class T, int N> void check_embedding(int width) {

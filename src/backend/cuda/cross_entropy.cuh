@@ -25,10 +25,10 @@ template <class T> __device__ __forceinline__ void rows(const Args& args) {
     if (v > most) sum = sum * __expf(most - v) + 1.f, most = v;
     else sum += __expf(v - most);
   }
-  // Of the warp, then of the block; a thread without an element has sum 0.
+  // Of the warp, then of the block; a thread without an element has sum 0. NaN stays.
   auto join = [](float& most, float& sum, float other_most, float other_sum) {
     float larger = fmaxf(most, other_most);
-    sum = (sum > 0.f ? sum * __expf(most - larger) : 0.f) + (other_sum > 0.f ? other_sum * __expf(other_most - larger) : 0.f);
+    sum = (sum != 0.f ? sum * __expf(most - larger) : 0.f) + (other_sum != 0.f ? other_sum * __expf(other_most - larger) : 0.f);
     most = larger;
   };
 #pragma unroll
