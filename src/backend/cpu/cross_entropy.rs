@@ -1,12 +1,15 @@
 //! Cross entropy fused with the output projection, on the CPU: chunks of rows against the whole vocabulary.
 //!
 //! For each chunk: logits `z = x · headᵀ`, in place `z ← scale · (softmax(z) - onehot)`, then `dx = z · head` and
-//! `dhead += zᵀ · x`. The products are the linear layer's. The head is read once a chunk and direction.
+//! `dhead += zᵀ · x`. The products are the linear layer's; where they are of bf16, z is rounded to bf16 for the gradients. The head is read
+//! once a chunk and direction.
 
+use half::bf16;
 use rayon::prelude::*;
 
+use super::bf16_product;
 use super::exp::{exp_shifted, max};
-use super::floats::Floats;
+use super::floats::{Floats, narrow};
 use super::{linear, simd};
 
 /// The logits buffer holds at most this many elements (32 MiB), but always one row.
@@ -42,19 +45,19 @@ impl Problem<'_> {
         let mut dhidden = vec![0.0; self.hidden.len()];
         let loss = self.chunks(scale, |rows, x, z| {
             let mut dx = vec![0.0; x.len()];
-            linear::input_gradient(z, &head, &mut dx, rows.len(), n, vocab);
+            linear::input_gradient(&z, &head, &mut dx, rows.len(), n, vocab);
             for (row, dx) in rows.iter().zip(dx.chunks_exact(n)) {
                 dhidden[row * n..][..n].copy_from_slice(dx);
             }
             if let Some(dhead) = &mut dhead {
-                linear::weight_gradient(x, z, dhead, rows.len(), n, vocab);
+                linear::weight_gradient(&x.to_f32(), &z.to_f32(), dhead, rows.len(), n, vocab);
             }
         });
         (loss, dhidden)
     }
 
     /// Calls `use_chunk(rows, their x, scale · (softmax - onehot))` for each chunk; returns the loss.
-    fn chunks(&self, scale: f32, mut use_chunk: impl FnMut(&[usize], &[f32], &[f32])) -> f64 {
+    fn chunks(&self, scale: f32, mut use_chunk: impl FnMut(&[usize], Floats, Floats)) -> f64 {
         let Self { hidden, head, n, targets, counted } = *self;
         if counted.is_empty() {
             return 0.0;
@@ -62,16 +65,44 @@ impl Problem<'_> {
         let vocab = head.len() / n;
         let most = (LOGITS / vocab).clamp(1, counted.len());
         let size = counted.len().div_ceil(counted.len().div_ceil(most));
-        let (mut x, mut z) = (vec![0.0; size * n], vec![0.0; size * vocab]);
+        let mut z = vec![0.0; size * vocab];
+        // Where the products are of bf16, z is rounded to it for the gradient; x is bf16 as it lies.
+        let (mut x16, mut z16) = (Vec::new(), Vec::new());
+        if let (Floats::BF16(_), Floats::BF16(_)) = (hidden, head)
+            && bf16_product::takes(n)
+            && bf16_product::takes(vocab)
+        {
+            x16.resize(size * n, bf16::ZERO);
+            z16.resize(if scale == 0.0 { 0 } else { size * vocab }, bf16::ZERO);
+        }
+        let mut x = vec![0.0; if x16.is_empty() { size * n } else { 0 }];
         let mut sum = 0.0;
         for rows in counted.chunks(size) {
-            let (x, z) = (&mut x[..rows.len() * n], &mut z[..rows.len() * vocab]);
-            rows.iter().zip(x.chunks_exact_mut(n)).for_each(|(row, x)| hidden.widen_into(row * n, x));
-            linear::forward_into(z, x, &head, None, n);
+            let z = &mut z[..rows.len() * vocab];
+            let x = if let (Floats::BF16(hidden), false) = (hidden, x16.is_empty()) {
+                rows.iter()
+                    .zip(x16.chunks_exact_mut(n))
+                    .for_each(|(row, x)| x.copy_from_slice(&hidden[row * n..][..n]));
+                Floats::BF16(&x16[..rows.len() * n])
+            } else {
+                rows.iter().zip(x.chunks_exact_mut(n)).for_each(|(row, x)| hidden.widen_into(row * n, x));
+                Floats::F32(&x[..rows.len() * n])
+            };
+            linear::forward_into(z, &x, &head, None, n);
+            let one = |(z, &row): (&mut [f32], &usize)| softmax_row(z, targets[row] as usize, scale);
             let losses = z.par_chunks_mut(vocab).zip(rows);
-            let losses: Vec<f64> = losses.map(|(z, &row)| softmax_row(z, targets[row] as usize, scale)).collect();
+            let losses: Vec<f64> = if z16.is_empty() {
+                losses.map(one).collect()
+            } else {
+                let rounded = |((z, row), z16): ((&mut [f32], &usize), &mut [bf16])| {
+                    let loss = one((z, row));
+                    narrow(z, z16);
+                    loss
+                };
+                losses.zip(z16.par_chunks_mut(vocab)).map(rounded).collect()
+            };
             sum += losses.iter().sum::<f64>();
-            use_chunk(rows, x, z);
+            use_chunk(rows, x, if z16.is_empty() { Floats::F32(z) } else { Floats::BF16(&z16[..z.len()]) });
         }
         sum
     }

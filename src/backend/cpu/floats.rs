@@ -158,6 +158,19 @@ pub fn tensor_of(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> Res
     })
 }
 
+/// An f32 CPU tensor in another dtype, rounded on all cores; one that has the dtype stays as it is.
+pub fn cast(tensor: Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype {
+        return Ok(tensor);
+    }
+    let values = view::<f32>("cast", "the sum", &tensor)?;
+    Ok(match dtype {
+        DType::F16 => Tensor::from_vec(narrowed::<f16>(&values), tensor.shape(), &Device::Cpu)?,
+        DType::BF16 => Tensor::from_vec(narrowed::<bf16>(&values), tensor.shape(), &Device::Cpu)?,
+        other => return Err(wrong_dtype("cast", "the sum", other)),
+    })
+}
+
 /// Gives `f` the elements of `dst` as f32 to change in place; half-precision elements are widened before and rounded
 /// after. `f` must not read a tensor that shares `dst`'s storage.
 pub fn update_f32<R>(op: &'static str, name: &str, dst: &Tensor, f: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<R> {

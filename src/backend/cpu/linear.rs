@@ -1,10 +1,12 @@
-//! `y = x Wᵀ + bias` and its gradients on the CPU: x `[m, k]`, W `[n, k]`, bias `[n]`, g `[m, n]`, all read as f32.
+//! `y = x Wᵀ + bias` and its gradients on the CPU: x `[m, k]`, W `[n, k]`, bias `[n]`, g `[m, n]`.
 //!
-//! Half-precision weights are widened a tile of rows at a time, so W never exists twice. A few rows (decoding) take a path
-//! of their own: it is bound by reading W once, which `gemm` does on one core only.
+//! Where x (or g) and W are bf16 and the processor multiplies bf16 itself, the products are `bf16_product`'s. Else all is read
+//! as f32, and half-precision weights are widened a tile of rows at a time, so W never exists twice. A few rows (decoding) take
+//! a path of their own: it is bound by reading W once, which `gemm` does on one core only.
 
 use rayon::prelude::*;
 
+use super::bf16_product::{self, Rhs, product};
 use super::floats::Floats;
 use super::gemm::{Matrix, MatrixMut, gemm};
 use super::simd;
@@ -17,34 +19,58 @@ const FEW_ROWS: usize = 4;
 const SUM_COLUMNS: usize = 256;
 
 /// `y = x Wᵀ + bias`, `[m, n]`.
-pub fn forward(x: &[f32], w: &Floats, bias: Option<&[f32]>, m: usize, k: usize, n: usize) -> Vec<f32> {
+pub fn forward(x: &Floats, w: &Floats, bias: Option<&[f32]>, m: usize, k: usize, n: usize) -> Vec<f32> {
     let mut y = vec![0.0; m * n];
     forward_into(&mut y, x, w, bias, k);
     y
 }
 
 /// `y = x Wᵀ + bias`, `[m, n]`; what y held is not read.
-pub fn forward_into(y: &mut [f32], x: &[f32], w: &Floats, bias: Option<&[f32]>, k: usize) {
+pub fn forward_into(y: &mut [f32], x: &Floats, w: &Floats, bias: Option<&[f32]>, k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
+    let few = m <= FEW_ROWS;
+    if let (Floats::BF16(x), Floats::BF16(w)) = (x, w)
+        && bf16_product::takes(k)
+    {
+        match bias {
+            Some(bias) if !few => y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)),
+            _ => {}
+        }
+        match few {
+            true => bf16_product::few_rows(y, x, w, k),
+            false => product(y, bias.is_some(), x, Rhs::Transposed(w), k, n),
+        }
+        if let Some(bias) = bias.filter(|_| few) {
+            y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+        }
+        return;
+    }
     match bias {
         Some(bias) => y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)),
-        None if m <= FEW_ROWS => y.fill(0.0),
+        None if few => y.fill(0.0),
         None => {}
     }
-    if m <= FEW_ROWS {
-        return few_rows(x, w, y, m, k, n);
+    let x = x.to_f32();
+    if few {
+        return few_rows(&x, w, y, m, k, n);
     }
     let keep = if bias.is_some() { 1.0 } else { 0.0 };
     for_weight_tiles(w, k, n, |start, tile, rows| {
         let columns = MatrixMut::with_row_stride(&mut y[start..], m, rows, n);
-        gemm(columns, keep, 1.0, Matrix::new(x, m, k), Matrix::new(tile, rows, k).t());
+        gemm(columns, keep, 1.0, Matrix::new(&x, m, k), Matrix::new(tile, rows, k).t());
     });
 }
 
 /// `dx += g W`, `[m, k]`.
-pub fn input_gradient(g: &[f32], w: &Floats, dx: &mut [f32], m: usize, k: usize, n: usize) {
+pub fn input_gradient(g: &Floats, w: &Floats, dx: &mut [f32], m: usize, k: usize, n: usize) {
+    if let (Floats::BF16(g), Floats::BF16(w)) = (g, w)
+        && bf16_product::takes(n)
+    {
+        return product(dx, true, g, Rhs::Plain(w), n, k);
+    }
+    let g = g.to_f32();
     for_weight_tiles(w, k, n, |start, tile, rows| {
-        let g = if m == 0 { g } else { &g[start..] };
+        let g = if m == 0 { &g } else { &g[start..] };
         let columns = Matrix::with_row_stride(g, m, rows, n);
         gemm(MatrixMut::new(dx, m, k), 1.0, 1.0, columns, Matrix::new(tile, rows, k));
     });

@@ -7,6 +7,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod bf16_product;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod exp;

@@ -36,7 +36,7 @@ pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
     let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
     let values = Held::of(OP, "x", &x)?;
     let y = cpu::linear::forward(
-        &values.floats().to_f32(),
+        &values.floats(),
         &Held::of(OP, "w", &w)?.floats(),
         bias.as_deref(),
         size.m,
@@ -89,15 +89,18 @@ pub fn backward(
     }
     let g = g.contiguous()?;
     let g = Held::of(OP, "g", &g)?;
-    let g = g.floats().to_f32();
     if let Some(dx) = dx {
         let w = w.contiguous()?;
         let w = Held::of(OP, "w", &w)?;
         update_f32(OP, "dx", dx, |dx| {
-            cpu::linear::input_gradient(&g, &w.floats(), dx, m, k, n);
+            cpu::linear::input_gradient(&g.floats(), &w.floats(), dx, m, k, n);
             Ok(())
         })?;
     }
+    if dw.is_none() && dbias.is_none() {
+        return Ok(());
+    }
+    let g = g.floats().to_f32();
     if let Some(dw) = dw {
         let x = x.contiguous()?;
         let x = Held::of(OP, "x", &x)?;
@@ -157,7 +160,7 @@ impl CustomOp1 for Taped {
         let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
         let (w, Size { m, k, n }) = (Held::of(OP, "w", &self.w)?, self.size);
         let values = Floats::of(OP, "x", x, layout)?;
-        let y = cpu::linear::forward(&values.to_f32(), &w.floats(), bias.as_deref(), m, k, n);
+        let y = cpu::linear::forward(&values, &w.floats(), bias.as_deref(), m, k, n);
         Ok((storage_of(y, x.dtype()), with_last(layout.dims(), n).into()))
     }
 

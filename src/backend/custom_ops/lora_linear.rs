@@ -112,7 +112,9 @@ pub fn backward_shared(
             return Ok(dx);
         }
     }
-    let dx = if input_gradient { Some(x.zeros_like()?) } else { None };
+    // The sum over the parts is f32 and rounded once.
+    let zeros = || Tensor::zeros(x.shape(), if x.device().is_cpu() { DType::F32 } else { x.dtype() }, x.device());
+    let dx = if input_gradient { Some(zeros()?) } else { None };
     for (i, part) in parts.iter().enumerate() {
         match part.adapter {
             Some(Adapter { a, b, s, dropout }) => {
@@ -122,7 +124,7 @@ pub fn backward_shared(
             None => linear::backward(x, part.w, g[i], dx.as_ref(), None, None)?,
         }
     }
-    Ok(dx)
+    dx.map(|dx| cpu::floats::cast(dx, x.dtype())).transpose()
 }
 
 /// `(y, h)`: y `[.., n]` of x's dtype, and `h = drop(x) A`, `[m, r]` f32, for [`backward`].
@@ -246,7 +248,7 @@ impl Frozen {
         let bias = self.bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
         let w = Held::of(OP, "w", &self.w)?;
-        Ok(cpu::linear::forward(&x.to_f32(), &w.floats(), bias.as_deref(), size.m, size.k, size.n))
+        Ok(cpu::linear::forward(x, &w.floats(), bias.as_deref(), size.m, size.k, size.n))
     }
 }
 
