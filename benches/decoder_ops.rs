@@ -13,6 +13,7 @@ use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use metal_candle::Result;
 use metal_candle::backend::custom_ops::adamw::{self, AdamW};
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
+use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::custom_ops::{attention, cross_entropy, embedding, linear, rms_norm, rope, swiglu};
 
 const TOKENS: usize = 512;
@@ -63,9 +64,12 @@ fn rope_rows(criterion: &mut Criterion) {
 fn swiglu_rows(criterion: &mut Criterion) {
     let [gate, up, g] = [(); 3].map(|()| tensor(&[TOKENS, WIDE]));
     let mut group = criterion.benchmark_group("swiglu");
-    row(&mut group, "forward/ours", || swiglu::forward(&gate, &up));
+    row(&mut group, "forward/ours", || swiglu::forward(&gate, &up, Activation::Silu));
     row(&mut group, "forward/candle", || Ok((gate.silu()? * &up)?));
-    row(&mut group, "backward/ours", || swiglu::backward(&gate, &up, &g));
+    row(&mut group, "forward, gelu/ours", || swiglu::forward(&gate, &up, Activation::GeluTanh));
+    row(&mut group, "forward, gelu/candle", || Ok((gate.gelu()? * &up)?));
+    row(&mut group, "backward, gelu/ours", || swiglu::backward(&gate, &up, &g, Activation::GeluTanh));
+    row(&mut group, "backward/ours", || swiglu::backward(&gate, &up, &g, Activation::Silu));
 }
 
 fn attention_rows(criterion: &mut Criterion) {

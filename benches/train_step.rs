@@ -16,6 +16,7 @@ use metal_candle::backend::cpu::gemm::{Matrix, MatrixMut, gemm};
 use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::lora_linear::{self, Part};
+use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::custom_ops::{attention, cross_entropy, rms_norm, rope, swiglu};
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, DropoutRound};
@@ -33,7 +34,7 @@ fn main() -> Result<()> {
         options.shape,
         options.batch,
         options.tokens,
-        WeightDtype::Auto.on(&device, DType::BF16),
+        options.dtype(&device),
         options.rank,
         if options.all { "all seven linears" } else { "q and v" },
         if options.checkpoint { "every block" } else { "none" },
@@ -49,6 +50,7 @@ struct Options {
     all: bool,
     checkpoint: bool,
     cuda: bool,
+    bf16: bool,
     shape: String,
     rank: usize,
     batch: usize,
@@ -57,11 +59,16 @@ struct Options {
 }
 
 impl Options {
+    fn dtype(&self, device: &Device) -> DType {
+        if self.bf16 { DType::BF16 } else { WeightDtype::Auto.on(device, DType::BF16) }
+    }
+
     fn from_args() -> Self {
         let mut options = Self {
             all: false,
             checkpoint: false,
             cuda: false,
+            bf16: false,
             shape: "smollm2-135m".to_string(),
             rank: 8,
             batch: 1,
@@ -73,6 +80,7 @@ impl Options {
             let mut number = || args.next().and_then(|value| value.parse().ok()).filter(|&number| number > 0);
             match arg.as_str() {
                 "--bench" => {}
+                "--bf16" => options.bf16 = true,
                 "--checkpoint" => options.checkpoint = true,
                 "--steps" => options.steps = number().unwrap_or_else(|| usage("--steps needs a number over 0")),
                 "--batch" => options.batch = number().unwrap_or_else(|| usage("--batch needs a number over 0")),
@@ -125,7 +133,7 @@ fn shape(name: &str) -> ModelConfig {
 
 /// Seconds of a step: loss, gradients, norm, AdamW.
 fn whole_steps(config: &ModelConfig, options: &Options, device: &Device) -> Result<f64> {
-    let dtype = WeightDtype::Auto.on(device, DType::BF16);
+    let dtype = options.dtype(device);
     let mut weights = HashMap::new();
     for (name, shape) in config.weight_shapes() {
         let spread = if shape.len() == 1 { 0.0 } else { 1.0 / (shape[shape.len() - 1] as f64).sqrt() };
@@ -198,7 +206,7 @@ fn by_op(config: &ModelConfig, options: &Options, device: &Device, step: f64) ->
     let t = options.batch * options.tokens;
     let (heads, kv_heads, dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
     let (layers, kv) = (config.num_layers as f64, kv_heads * dim);
-    let dtype = WeightDtype::Auto.on(device, DType::BF16);
+    let dtype = options.dtype(device);
     let random = |shape: &[usize], dtype: DType| Tensor::randn(0.0_f32, 1.0, shape, device)?.to_dtype(dtype);
     let tensor = |shape: &[usize]| random(shape, dtype);
     let time = |run: &dyn Fn() -> Result<()>| time(device, run);
@@ -276,8 +284,8 @@ fn by_op(config: &ModelConfig, options: &Options, device: &Device, step: f64) ->
     rows.push(("rope", 2.0 * layers * (rotate(q.zeros_like()?)? + rotate(k.zeros_like()?)?)));
 
     let (gate, up) = (tensor(&[t, wide])?, tensor(&[t, wide])?);
-    let forward = time(&|| swiglu::forward(&gate, &up).map(drop))?;
-    let backward = time(&|| swiglu::backward(&gate, &up, &up).map(drop))?;
+    let forward = time(&|| swiglu::forward(&gate, &up, Activation::Silu).map(drop))?;
+    let backward = time(&|| swiglu::backward(&gate, &up, &up, Activation::Silu).map(drop))?;
     rows.push(("swiglu forward, twice", 2.0 * layers * forward));
     rows.push(("swiglu backward", layers * backward));
 

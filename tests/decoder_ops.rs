@@ -8,8 +8,9 @@ use common::{FLOATS, assert_close, assert_within, f64s, offset, relative_error, 
 use metal_candle::backend::custom_ops::adamw::{self, AdamW};
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
+use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::custom_ops::{
-    attention, cross_entropy, embedding, linear, linear::linear as linear_on_tape, rms_norm, rope, swiglu,
+    attention, cross_entropy, embedding, geglu, linear, linear::linear as linear_on_tape, rms_norm, rope, swiglu,
 };
 use metal_candle::backend::reference;
 use proptest::prelude::*;
@@ -189,42 +190,61 @@ fn rope_agrees() {
     assert_refused(rope::rotate(&strided(&x), &table, &table, &[0, 1], false), "rope", "x");
 }
 
-fn check_swiglu(shape: &[usize], dtype: DType) {
+fn check_swiglu(shape: &[usize], dtype: DType, activation: Activation) {
     if no_elements(shape) {
         return;
     }
-    let what = format!("swiglu {shape:?}, {dtype:?}");
+    let what = format!("swiglu {shape:?}, {dtype:?}, {activation:?}");
     let [gate, up, g] = [1, 2, 3].map(|seed| random(shape, dtype, seed));
     let gate = (gate * 6.0).unwrap();
-    let want = reference::swiglu::forward(&f64s(&gate), &f64s(&up));
-    let (dgate, dup) = reference::swiglu::backward(&f64s(&gate), &f64s(&up), &f64s(&g));
-    let y = swiglu::forward(&offset(&gate), &offset(&up)).unwrap();
+    let want = reference::swiglu::forward(&f64s(&gate), &f64s(&up), activation);
+    let (dgate, dup) = reference::swiglu::backward(&f64s(&gate), &f64s(&up), &f64s(&g), activation);
+    let y = swiglu::forward(&offset(&gate), &offset(&up), activation).unwrap();
     assert_close(&format!("{what}: y"), &y, &want);
-    let (got_dgate, got_dup) = swiglu::backward(&gate, &offset(&up), &offset(&g)).unwrap();
+    let (got_dgate, got_dup) = swiglu::backward(&gate, &offset(&up), &offset(&g), activation).unwrap();
     assert_close(&format!("{what}: dgate"), &got_dgate, &dgate);
     assert_close(&format!("{what}: dup"), &got_dup, &dup);
 
     let (gate_var, up_var) = (var(&gate), var(&up));
-    let on_tape = swiglu(&strided(&gate_var), &up_var).unwrap();
+    let on_tape = match activation {
+        Activation::Silu => swiglu(&strided(&gate_var), &up_var).unwrap(),
+        Activation::GeluTanh => geglu(&strided(&gate_var), &up_var).unwrap(),
+    };
     assert_same(&what, &on_tape, &y);
     let [from_gate, from_up] = tape_gradients(&on_tape, &strided(&g), [&gate_var, &up_var]);
     assert_same(&what, &from_gate, &got_dgate);
     assert_same(&what, &from_up, &got_dup);
+
+    let [gate, up, g] = [gate, up, offset(&g)];
+    swiglu::backward_in_place(&gate, &up, &g, activation).unwrap();
+    for (got, want) in [(&gate, &got_dgate), (&up, &got_dup), (&g, &y)] {
+        assert_same(&format!("{what} in place"), got, want);
+    }
 }
 
 #[test]
 fn swiglu_agrees() {
     for dtype in FLOATS {
-        check_swiglu(&[5, 123], dtype);
-        check_swiglu(&[300, 64], dtype);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            check_swiglu(&[5, 123], dtype, activation);
+            check_swiglu(&[300, 64], dtype, activation);
+        }
     }
-    check_swiglu(&[0, 4], DType::F32);
+    check_swiglu(&[0, 4], DType::F32, Activation::Silu);
     // Where exp overflows and underflows.
     let gate = Tensor::new(&[-300.0_f32, -89.0, 0.0, 89.0, 300.0], &device()).unwrap();
     let up = Tensor::ones(5, DType::F32, &device()).unwrap();
-    assert_eq!(swiglu::forward(&gate, &up).unwrap().to_vec1::<f32>().unwrap()[2..], [0.0, 89.0, 300.0]);
-    assert!(swiglu::forward(&gate, &up).unwrap().to_vec1::<f32>().unwrap()[..2].iter().all(|y| y.abs() < 1e-35));
-    assert_refused(swiglu::forward(&gate, &strided(&up)), "swiglu", "up");
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let y = swiglu::forward(&gate, &up, activation).unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(y[2..], [0.0, 89.0, 300.0]);
+        assert!(y[..2].iter().all(|y| y.abs() < 1e-35));
+    }
+    assert_refused(swiglu::forward(&gate, &strided(&up), Activation::Silu), "swiglu", "up");
+    let whole = random(&[2, 8], DType::F32, 1);
+    let (first, second) = (whole.narrow(0, 0, 1).unwrap(), whole.narrow(0, 1, 1).unwrap());
+    let g = random(&[1, 8], DType::F32, 2);
+    let error = swiglu::backward_in_place(&first, &second, &g, Activation::Silu).unwrap_err().to_string();
+    assert!(error.contains("share memory"), "{error}");
 }
 
 struct Heads {
@@ -576,7 +596,8 @@ proptest! {
     fn any_other_op(rows in 0_usize..50, n in 1_usize..150, vocab in 1_usize..300, a in dtype(), b in dtype()) {
         check_rms_norm(&[rows], n, a, a);
         check_rope(rows, 1 + n % 5, 2 * n, a);
-        check_swiglu(&[rows, n], a);
+        check_swiglu(&[rows, n], a, Activation::Silu);
+        check_swiglu(&[rows, n], b, Activation::GeluTanh);
         check_cross_entropy(rows, n, vocab, a, b);
         check_linear(&[rows], n, 1 + vocab / 4, [a, b], Tensor::clone);
     }

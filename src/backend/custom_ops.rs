@@ -22,4 +22,4 @@ pub use fused_lora::{FusedLoRAOp, Sink, fused_lora, fused_lora_with_dropout};
 pub use lora_linear::lora_linear;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
-pub use swiglu::swiglu;
+pub use swiglu::{geglu, swiglu};

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use super::linear::{self, DropoutRound, Linear, Parameter};
 use crate::Result;
 use crate::backend::custom_ops::attention::{AttentionArgs, Sequence};
+use crate::backend::custom_ops::swiglu::Activation;
 use crate::backend::custom_ops::{attention, rms_norm, rope, swiglu};
 
 /// What all blocks of one pass share: where the sequences lie, the rotary tables and the dropout round.
@@ -110,7 +111,8 @@ impl Block {
 
         let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post, pass.round)?;
         drop(post);
-        let [(down, hdown)] = linear::forward([&self.down], &swiglu::forward(&gate, &up)?, pass.round)?;
+        let [(down, hdown)] =
+            linear::forward([&self.down], &swiglu::forward(&gate, &up, Activation::Silu)?, pass.round)?;
         let y = down.add(&m)?;
         let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
         Ok((y, Saved { x: x.clone(), q, k, v, o, lse, m, gate, up, h }))
@@ -125,11 +127,12 @@ impl Block {
         let round = pass.round;
         let tokens = x.dim(0)?;
 
-        let act = swiglu::forward(&gate, &up)?;
-        let d_act = input_gradient_of([&self.down], &act, [h.down.as_ref()], [&g], round)?;
+        // The gradient of SwiGLU's output takes the place of that output, which comes back in it, and those of gate and up take theirs.
+        let act = linear::input_gradient(&self.down, &gate, h.down.as_ref(), &g, round)?;
+        let (d_gate, d_up) = (gate, up);
+        swiglu::backward_in_place(&d_gate, &d_up, &act, Activation::Silu)?;
+        linear::backward([&self.down], &act, [h.down.as_ref()], [&g], round, false)?;
         drop(act);
-        let (d_gate, d_up) = swiglu::backward(&gate, &up, &d_act)?;
-        drop((d_act, gate, up));
         let norm = &self.post_norm;
         let (post, rstd) = rms_norm::forward(&m, &norm.value, eps)?;
         let (linears, saved_h) = ([&self.gate, &self.up], [h.gate.as_ref(), h.up.as_ref()]);

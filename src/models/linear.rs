@@ -131,3 +131,17 @@ pub fn backward<const N: usize>(
     }
     Ok(dx)
 }
+
+/// The input's gradient alone, without the input: `like` is any tensor of its shape and dtype. For inputs that are made again
+/// from this gradient's neighbours; [`backward`] then adds the gradients of the parameters.
+pub fn input_gradient(
+    linear: &Linear,
+    like: &Tensor,
+    h: Option<&Tensor>,
+    g: &Tensor,
+    round: Option<DropoutRound>,
+) -> Result<Tensor> {
+    let dx = lora_linear::backward_shared(like, &[linear.part(round)], &[h], &[g], &[(None, None)], true)?;
+    let Some(dx) = dx else { unreachable!("the input's gradient was asked for") };
+    Ok(dx)
+}

@@ -74,19 +74,26 @@ static void judge(const char* what, const Doubles& got, const Doubles& want, dou
 }
 template <class T> void compare(const char* what, Array<T>& got, const Doubles& want) { judge(what, got.get(), want, limit<T>(), got.intact()); }
 
-template <class T, int N> void check_swiglu(int count, bool reversed) {
+template <bool GELU, class T, int N> void check_swiglu(int count, bool reversed) {
   Array<T> gate(count), up(count), g(count), y(count, false), dgate(count, false), dup(count, false);
   swiglu::Args args = {gate.data(), up.data(), g.data(), y.data(), dgate.data(), dup.data(), count};
-  launch({2}, 64, 0, reversed, [&](unsigned char*) { swiglu::forward<T, N>(args); });
-  launch({2}, 64, 0, reversed, [&](unsigned char*) { swiglu::backward<T, N>(args); });
   Doubles a = gate.get(), b = up.get(), c = g.get(), want_y, want_dgate, want_dup;
   for (int i = 0; i < count; i++) {
-    double s = 1 / (1 + exp(-a[i]));
-    want_y.push_back(a[i] * s * b[i]);
-    want_dgate.push_back(c[i] * b[i] * s * (1 + a[i] * (1 - s)));
-    want_dup.push_back(c[i] * a[i] * s);
+    double s = 1 / (1 + exp(-a[i])), value = a[i] * s, slope = s * (1 + a[i] * (1 - s));
+    if (GELU) {
+      double root = sqrt(2 / M_PI), t = tanh(root * (a[i] + 0.044715 * a[i] * a[i] * a[i]));
+      value = a[i] / 2 * (1 + t), slope = (1 + t) / 2 + a[i] / 2 * (1 - t * t) * root * (1 + 0.134145 * a[i] * a[i]);
+    }
+    want_y.push_back(value * b[i]), want_dgate.push_back(c[i] * b[i] * slope), want_dup.push_back(c[i] * value);
   }
-  compare("swiglu y", y, want_y), compare("swiglu dgate", dgate, want_dgate), compare("swiglu dup", dup, want_dup);
+  launch({2}, 64, 0, reversed, [&](unsigned char*) { swiglu::forward<GELU, T, N>(args); });
+  compare("swiglu y", y, want_y);
+  args.y = nullptr;
+  launch({2}, 64, 0, reversed, [&](unsigned char*) { swiglu::backward<GELU, T, N>(args); });
+  compare("swiglu dgate", dgate, want_dgate), compare("swiglu dup", dup, want_dup);
+  args.y = g.data(), args.dgate = gate.data(), args.dup = up.data();
+  launch({2}, 64, 0, reversed, [&](unsigned char*) { swiglu::backward<GELU, T, N>(args); });
+  compare("swiglu y in place", g, want_y), compare("swiglu dgate in place", gate, want_dgate), compare("swiglu dup in place", up, want_dup);
 }
 
 template <class T, int N> void check_rope(int tokens, int heads, int half, float sign) {
@@ -212,7 +219,8 @@ static void check_adamw(int n) {
 }
 
 template <class T> void types() {
-  check_swiglu<T, 1>(213, false), check_swiglu<T, 8>(1304, true);
+  check_swiglu<false, T, 1>(213, false), check_swiglu<false, T, 8>(1304, true);
+  check_swiglu<true, T, 1>(213, true), check_swiglu<true, T, 8>(1304, false);
   check_rope<T, 1>(5, 3, 7, 1), check_rope<T, 8>(4, 2, 16, -1);
   for (bool residual : {false, true}) {
     check_rms_norm<T, float, 1>(5, 77, 2, residual), check_rms_norm<T, float, 8>(3, 600, 1, residual);

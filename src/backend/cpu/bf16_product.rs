@@ -50,8 +50,9 @@ mod absent {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512bh, __m512i, __mmask16, __mmask32, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_epi32, _mm512_mask_storeu_ps,
-        _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_setzero_ps,
+        __m512bh, __m512i, __mmask16, __mmask32, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_epi32,
+        _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_ps, _mm512_reduce_add_ps,
+        _mm512_set1_epi32, _mm512_setzero_ps,
     };
     use std::sync::LazyLock;
 

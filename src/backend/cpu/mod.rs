@@ -177,6 +177,12 @@ pub fn view<'a, T: WithDType>(op: &'static str, name: &str, tensor: &'a Tensor) 
     Ok(View { storage, range, element: PhantomData })
 }
 
+/// Whether two tensors are views of the same memory.
+pub(crate) fn same_storage(a: &Tensor, b: &Tensor) -> bool {
+    let place = |tensor: &Tensor| std::ptr::from_ref(&*tensor.storage_and_layout().0);
+    place(a) == place(b)
+}
+
 /// Gives `f` the elements of a contiguous CPU tensor (offset honoured) to change in place. All views of the same storage
 /// see the change. `f` must not read a tensor that shares `dst`'s storage.
 pub fn update<T: Element, R>(

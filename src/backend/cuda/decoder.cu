@@ -14,8 +14,10 @@ typedef float F32;
   extern "C" __global__ void NAME(const __grid_constant__ ARGS args) { CALL(args); }
 #define WIDTHS(t, T, N)                                                            \
   KERNEL(rope_##t##_##N, rope::Args, (rope::rotate<T, N>))                          \
-  KERNEL(swiglu_forward_##t##_##N, swiglu::Args, (swiglu::forward<T, N>))           \
-  KERNEL(swiglu_backward_##t##_##N, swiglu::Args, (swiglu::backward<T, N>))         \
+  KERNEL(swiglu_forward_##t##_##N, swiglu::Args, (swiglu::forward<false, T, N>))    \
+  KERNEL(swiglu_backward_##t##_##N, swiglu::Args, (swiglu::backward<false, T, N>))  \
+  KERNEL(geglu_forward_##t##_##N, swiglu::Args, (swiglu::forward<true, T, N>))      \
+  KERNEL(geglu_backward_##t##_##N, swiglu::Args, (swiglu::backward<true, T, N>))    \
   KERNEL(embedding_rows_##t##_##N, embedding::Args, (embedding::rows<T, N>))
 #define NORM(t, w, T, W, N)                                                                     \
   KERNEL(rms_norm_forward_##t##_##w##_##N, rms_norm::Args, (rms_norm::forward<T, W, N>))         \

@@ -105,7 +105,7 @@ pub fn paths() -> Vec<Path> {
         path("rms_norm", FLOATS, "any other", "a block a row, an element an access", false),
         path("rope", FLOATS, "head sizes that are multiples of 16, on 16 bytes", "16 bytes an access", true),
         path("rope", FLOATS, "any other", "an element an access", false),
-        path("swiglu", FLOATS, "a multiple of 8 elements, on 16 bytes", "16 bytes an access", true),
+        path("swiglu", FLOATS, "SwiGLU and GeGLU, a multiple of 8 elements, on 16 bytes", "16 bytes an access", true),
         path("swiglu", FLOATS, "any other", "an element an access", false),
         path("embedding", FLOATS, "any", "a block a row; backward a block an id", true),
         path("cross_entropy", FLOATS, "any", "chunks of rows: linear, softmax and its gradient, linear", true),
