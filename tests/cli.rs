@@ -142,6 +142,20 @@ fn a_config_file_is_read_and_its_unknown_keys_named() {
     assert_eq!(written["r"], 5);
     let dry = good(&place.run("train --config run.yaml --dry-run"));
     assert!(dry.contains("rank: 2") && dry.contains("iters: 4"), "{dry}");
+    assert!(dry.contains("# largest batch_size: any; all 12 rows") && dry.contains("again: 0 of 2"), "{dry}");
+    // What is printed is a configuration file.
+    fs::write(place.path("printed.yaml"), &dry).unwrap();
+    assert_eq!(
+        dry.split("# memory").next(),
+        good(&place.run("train --config printed.yaml --dry-run")).split("# memory").next()
+    );
+    let bare = good(&place.run("train --dry-run"));
+    assert!(bare.contains("# largest batch_size") && !place.path("metal-candle-demo").exists(), "{bare}");
+    refused(&place.run("train --config run.yaml --grad-checkpoint some"), 2, &["none", "every", "auto"]);
+    fs::write(place.path("mlx.yaml"), format!("{config}grad_checkpoint: true\n")).unwrap();
+    assert!(good(&place.run("train --config mlx.yaml --dry-run")).contains("again: 2 of 2"));
+    fs::write(place.path("bad.yaml"), format!("{config}grad_checkpoint: 3\n")).unwrap();
+    refused(&place.run("train --config bad.yaml"), 1, &["grad_checkpoint", "none, every or auto"]);
     fs::write(place.path("bad.yaml"), format!("{config}itres: 3\nfoo: 1\n")).unwrap();
     refused(&place.run("train --config bad.yaml"), 1, &["itres (did you mean iters?)", "foo", "bad.yaml"]);
 }

@@ -15,10 +15,10 @@ use metal_candle::models::linear::DropoutRound;
 use metal_candle::training::adapter::AdapterFile;
 use metal_candle::training::checkpoint;
 use metal_candle::training::dataset::{Dataset, DatasetOptions};
-use metal_candle::training::options::{FineTuneType, TrainerOptions};
+use metal_candle::training::options::{FineTuneType, GradCheckpoint, TrainerOptions};
 use metal_candle::training::params::Params;
 use metal_candle::training::sampler::collate;
-use metal_candle::training::trainer::{Event, From, Summary, Trainer};
+use metal_candle::training::trainer::{Event, From, Summary, Trainer, largest_pass};
 
 struct Setup {
     folder: tempfile::TempDir,
@@ -130,12 +130,36 @@ fn one_seed_gives_the_same_bits_and_checkpointing_changes_none() {
     let dropout = TrainerOptions { dropout: 0.2, grad_accumulation_steps: 2, ..options() };
     setup.train("one", dropout.clone()).unwrap();
     setup.train("two", dropout.clone()).unwrap();
-    setup.train("checkpointed", TrainerOptions { grad_checkpoint: true, ..dropout.clone() }).unwrap();
+    for (name, grad_checkpoint) in [("none", GradCheckpoint::None), ("every", GradCheckpoint::Every)] {
+        setup.train(name, TrainerOptions { grad_checkpoint, ..dropout.clone() }).unwrap();
+    }
     setup.train("other", TrainerOptions { seed: 10, ..dropout }).unwrap();
     let one = adapter_bytes(&setup.adapter("one"));
     assert_eq!(one, adapter_bytes(&setup.adapter("two")));
-    assert_eq!(one, adapter_bytes(&setup.adapter("checkpointed")));
+    assert_eq!(one, adapter_bytes(&setup.adapter("none")));
+    assert_eq!(one, adapter_bytes(&setup.adapter("every")));
     assert_ne!(one, adapter_bytes(&setup.adapter("other")));
+}
+
+/// With room for all rows in a pass, a packed epoch is one step over all of them, as one of so many rows is.
+#[test]
+fn packed_rows_train_as_rows_do() {
+    let setup = Setup::new();
+    let rows = setup.data.rows.len();
+    let by_rows = TrainerOptions { batch_size: rows, iters: 3, ..options() };
+    setup.train("rows", by_rows.clone()).unwrap();
+    setup.train("packed", TrainerOptions { batch_size: 1, max_seq_length: 4096, pack: true, ..by_rows }).unwrap();
+    assert_eq!(adapter_bytes(&setup.adapter("rows")), adapter_bytes(&setup.adapter("packed")));
+
+    let lengths: Vec<usize> = setup.data.rows.iter().map(|row| row.tokens.len()).collect();
+    let longest = *lengths.iter().max().unwrap();
+    let small = TrainerOptions { batch_size: 1, max_seq_length: 2 * longest, pack: true, ..options() };
+    let epochs = TrainerOptions { epochs: Some(2.0), ..small.clone() };
+    let steps = epochs.steps(&lengths);
+    let least = 2 * lengths.iter().sum::<usize>() / (2 * longest);
+    assert!(steps >= least && steps < 2 * rows, "{steps} steps of two epochs, {least} at least");
+    assert_eq!(setup.train("epochs", epochs).unwrap().step, steps);
+    assert!(largest_pass(&small, &setup.data.rows).tokens <= 2 * longest);
 }
 
 #[test]

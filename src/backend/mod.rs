@@ -5,5 +5,6 @@ pub mod cuda;
 pub mod custom_ops;
 pub mod dropout;
 pub mod fallback;
+pub mod memory;
 pub mod metal;
 pub mod reference;

@@ -41,6 +41,21 @@ pub fn settings(flags: Map<String, Value>) -> Result<Settings> {
     Settings::merge_text(flags, Some((&Path::new(FOLDER).join("train.yaml"), &config())))
 }
 
+/// The demo's files in a folder that goes with what is returned.
+pub fn unpacked() -> Result<tempfile::TempDir> {
+    let place = tempfile::tempdir().map_err(Error::io(std::env::temp_dir()))?;
+    unpack(place.path())?;
+    Ok(place)
+}
+
+/// The settings with the demo's own model and data looked for in another folder.
+pub fn settings_in(settings: &Settings, folder: &Path) -> Settings {
+    let mut settings = settings.clone();
+    settings.run.model = Some(folder.join("base").display().to_string());
+    settings.run.data = Some(folder.join("data"));
+    settings
+}
+
 /// Unpacks, scores, trains, scores again.
 pub fn run(settings: &Settings) -> Outcome {
     let folder = Path::new(FOLDER);
@@ -107,7 +122,7 @@ fn score(settings: &Settings, trained: bool) -> Result<Vec<Answer>> {
     if trained && !full {
         AdapterFile::load(&settings.run.adapter_path)?.attach(&mut decoder, &device)?;
     }
-    let options = DatasetOptions { max_seq_length: settings.run.max_seq_length, mask_prompt: true };
+    let options = DatasetOptions { max_seq_length: settings.trainer.max_seq_length, mask_prompt: true };
     let test = Dataset::load(&[Path::new(FOLDER).join("data/test.jsonl")], &model.tokenizer, &options)?;
     answers(&decoder, &model.tokenizer, &test.rows, &|_| {})
 }

@@ -9,7 +9,7 @@ use metal_candle::training::dataset::DatasetReport;
 use metal_candle::training::trainer::{Event, Report, Start, Summary, Validation};
 use metal_candle::{Error, Result};
 
-use super::metrics::{Metrics, peak_memory};
+use super::metrics::Metrics;
 use super::plot;
 
 /// The reports of one run.
@@ -66,9 +66,9 @@ impl Display {
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
-        let Summary { step, total, validation, seconds } = summary;
+        let Summary { step, total, validation, seconds, peak_memory } = summary;
         let time = HumanDuration(Duration::from_secs_f64(*seconds));
-        println!("{step} of {total} steps in {time}, peak memory {}", memory(peak_memory()));
+        println!("{step} of {total} steps in {time}, peak memory {}", memory(*peak_memory));
         if let Some((first, last)) = validation.as_ref().filter(|(first, last)| first.step != last.step) {
             let (from, to) = (first.loss, last.loss);
             println!("validation loss {from:.4} before (step {}), {to:.4} after (step {})", first.step, last.step);
@@ -84,9 +84,15 @@ impl Display {
     }
 
     fn start(&mut self, start: &Start) {
-        let Start { step, total, trained, model, tensors, rows } = *start;
+        let Start { step, total, trained, model, tensors, rows, again, work, memory: (needed, free) } = *start;
         let share = 100.0 * trained as f64 / model as f64;
         self.line(&format!("training {trained} values in {tensors} tensors, {share:.2} % of the model's {model}"));
+        if again.0 > 0 {
+            let free = free.map_or(String::new(), |free| format!(" of {} free", memory(Some(free))));
+            let (blocks, tokens) = (format!("{} of {} blocks", again.0, again.1), work.tokens);
+            let step = memory(Some(needed));
+            self.line(&format!("backward computes {blocks} again: a step of {tokens} tokens takes {step}{free}"));
+        }
         if step > 0 {
             self.line(&format!("continuing after step {step} of {total}"));
         } else {
@@ -108,26 +114,25 @@ impl Display {
         if let Some(validation) = &self.validation {
             message += &format!("  val {:.3}", validation.loss);
         }
-        if let Some(Report { learning_rate, tokens_per_second, .. }) = &self.report {
-            message += &format!("  lr {learning_rate:.1e}  {tokens_per_second:.0} tok/s");
+        if let Some(Report { learning_rate, tokens_per_second, peak_memory, .. }) = &self.report {
+            message += &format!("  lr {learning_rate:.1e}  {tokens_per_second:.0} tok/s  {}", memory(*peak_memory));
         }
-        bar.set_message(format!("{message}  {}", memory(peak_memory())));
+        bar.set_message(message);
     }
 
     fn report(&mut self, report: &Report) {
         let Report { step, total, loss, learning_rate, tokens_per_second, steps_per_second, trained_tokens, .. } =
             report;
         let left = Duration::from_secs_f64((total - step) as f64 / steps_per_second);
-        let peak = peak_memory();
         if self.bar.is_none() {
             println!(
                 "step {step}/{total}: loss {loss:.4}, lr {learning_rate:.2e}, {steps_per_second:.2} steps/s, \
                  {tokens_per_second:.0} tokens/s, {trained_tokens} tokens trained on, peak {}, {} left",
-                memory(peak),
+                memory(report.peak_memory),
                 HumanDuration(left),
             );
         }
-        let written = self.metrics.report(report, peak);
+        let written = self.metrics.report(report);
         self.keep(written);
         self.report = Some(report.clone());
     }

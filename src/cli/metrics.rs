@@ -40,7 +40,7 @@ impl Metrics {
     }
 
     /// A report's line.
-    pub fn report(&mut self, report: &Report, peak_memory: Option<u64>) -> Result<()> {
+    pub fn report(&mut self, report: &Report) -> Result<()> {
         self.append(&json!({
             "step": report.step,
             "train_loss": report.loss,
@@ -50,7 +50,8 @@ impl Metrics {
             "steps_per_second": report.steps_per_second,
             "trained_tokens": report.trained_tokens,
             "epoch": report.epoch,
-            "peak_memory_bytes": peak_memory,
+            "peak_memory_bytes": report.peak_memory,
+            "memory_bytes": report.memory,
         }))
     }
 
@@ -70,17 +71,4 @@ impl Metrics {
 fn step_of(line: &str) -> usize {
     let value: Option<Value> = serde_json::from_str(line).ok();
     value.and_then(|value| value.get("step")?.as_u64()).map_or(usize::MAX, |step| step as usize)
-}
-
-/// The most memory that this process has had, in bytes, where the system tells.
-pub fn peak_memory() -> Option<u64> {
-    #[cfg(unix)]
-    {
-        use nix::sys::resource::{UsageWho, getrusage};
-        let peak = getrusage(UsageWho::RUSAGE_SELF).ok()?.max_rss() as u64;
-        // Kilobytes on Linux, bytes on Apple systems.
-        Some(if cfg!(target_vendor = "apple") { peak } else { peak * 1024 })
-    }
-    #[cfg(not(unix))]
-    None
 }

@@ -9,6 +9,7 @@ mod generate;
 mod info;
 mod metrics;
 mod model;
+mod plan;
 mod plot;
 mod settings;
 mod train;

@@ -22,8 +22,6 @@ pub struct RunSettings {
     pub device: DeviceKind,
     /// Train on answers alone.
     pub mask_prompt: bool,
-    /// Longer rows are cut.
-    pub max_seq_length: usize,
     /// Continue the run in `adapter_path`.
     pub resume: bool,
     /// Start from the values of this adapter.
@@ -40,7 +38,6 @@ impl Default for RunSettings {
             adapter_path: "adapters".into(),
             device: DeviceKind::Auto,
             mask_prompt: false,
-            max_seq_length: 2048,
             resume: false,
             resume_adapter_file: None,
             test: false,

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use super::device::{DeviceKind, DtypeKind};
 use super::display::Display;
 use super::settings::Settings;
-use super::{Outcome, demo};
+use super::{Outcome, demo, plan};
 
 /// Fine-tune a model; without arguments, the one that ships with the program
 ///
@@ -29,7 +29,7 @@ pub struct Train {
     /// A YAML file with these options
     #[arg(short, long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print the options that the run would have and stop
+    /// Print the options that the run would have, the memory that it takes and its largest batch, and stop
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
@@ -133,10 +133,14 @@ struct Flags {
     #[arg(long, value_name = "NORM", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_grad_norm: Option<f64>,
-    /// Keep only each block's input for backward: less memory, a third more work
+    /// Keep only the input of blocks for backward, which computes them again: less memory for up to a third more work [default: auto]
+    #[arg(long, value_name = "BLOCKS", num_args = 0..=1, default_missing_value = "every", help_heading = "Training")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grad_checkpoint: Option<Recompute>,
+    /// Fill a pass with as many whole rows as batch-size · max-seq-length tokens hold; rows do not see each other
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    grad_checkpoint: Option<bool>,
+    pack: Option<bool>,
     /// Seeds the initial adapters, the order of rows and dropout [default: 0]
     #[arg(long, help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,6 +187,19 @@ enum FineTune {
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
+enum Recompute {
+    /// Of no block
+    #[value(alias = "false")]
+    None,
+    /// Of all blocks
+    #[value(alias = "true")]
+    Every,
+    /// Of as few as the free memory asks for
+    Auto,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 enum Schedule {
     /// Stays at the full rate
     Constant,
@@ -203,7 +220,13 @@ impl Train {
         let settings = if bare { demo::settings(flags)? } else { Settings::merge(flags, self.config.as_deref())? };
         settings.trainer.check()?;
         if self.dry_run {
-            print!("{}", settings.to_yaml());
+            // Of the demo's files none is there before its first run.
+            let place = if bare { Some(demo::unpacked()?) } else { None };
+            let memory = match &place {
+                Some(place) => plan::describe(&demo::settings_in(&settings, place.path()))?,
+                None => plan::describe(&settings)?,
+            };
+            print!("{}{memory}", settings.to_yaml());
             return Ok(());
         }
         if bare {
@@ -226,8 +249,10 @@ pub fn run(settings: &Settings, interrupted: &AtomicBool) -> Result<Summary, Box
         model.check_can_save()?;
     }
     let data = run.data.as_deref().ok_or_else(|| missing("data"))?;
-    let options =
-        DatasetOptions { max_seq_length: row_length(&model, run.max_seq_length), mask_prompt: run.mask_prompt };
+    let options = DatasetOptions {
+        max_seq_length: row_length(&model, settings.trainer.max_seq_length),
+        mask_prompt: run.mask_prompt,
+    };
     let mut display = Display::new(&run.adapter_path)?;
     let splits = load_splits(data, &model, &options, &mut display, run.test)?;
     let train = splits.get("train").ok_or_else(|| Error::file(data, "has no train.jsonl"))?;

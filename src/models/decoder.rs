@@ -36,12 +36,27 @@ impl Batch {
 }
 
 /// What backward keeps of the forward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Checkpointing {
     /// Everything that backward needs.
+    #[default]
     None,
     /// Each block's input; backward computes the block again. The same gradients bit for bit.
     EveryBlock,
+    /// The input alone of so many of the lowest trained blocks, everything of the others. Those are gone by the time that the
+    /// lowest are computed again, so what they need comes on top of nothing.
+    Lowest(usize),
+}
+
+impl Checkpointing {
+    /// Whether backward computes the block again that is the `index`th of the trained ones, from the lowest.
+    pub fn again(self, index: usize) -> bool {
+        match self {
+            Self::None => false,
+            Self::EveryBlock => true,
+            Self::Lowest(count) => index < count,
+        }
+    }
 }
 
 /// How a training pass is done.
@@ -152,9 +167,9 @@ impl Decoder {
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(&x, &shared, |k, v| Ok((k, v)))?;
             if layer >= lowest {
-                kept.push(match pass.checkpointing {
-                    Checkpointing::None => Kept::All(Box::new(saved)),
-                    Checkpointing::EveryBlock => Kept::Input(x),
+                kept.push(match pass.checkpointing.again(layer - lowest) {
+                    false => Kept::All(Box::new(saved)),
+                    true => Kept::Input(x),
                 });
             }
             x = y;

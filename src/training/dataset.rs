@@ -32,6 +32,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// The tokens that are predicted and counted in the loss.
+    pub fn counted(&self) -> usize {
+        self.targets.iter().filter(|&&target| target != IGNORE).count()
+    }
+
     /// `file:line`, for messages.
     pub fn place(&self) -> String {
         format!("{}:{}", self.file, self.line)
@@ -167,14 +172,15 @@ impl Dataset {
                     for key in unread {
                         *report.unread_keys.entry(key).or_default() += 1;
                     }
-                    let trained = targets.iter().filter(|&&target| target != IGNORE).count();
+                    let row = Row { tokens, targets, file: file.clone(), line };
+                    let trained = row.counted();
                     if trained == 0 {
                         report.skipped_empty += 1;
                         continue;
                     }
-                    report.tokens += tokens.len();
+                    report.tokens += row.tokens.len();
                     report.trained_tokens += trained;
-                    self.rows.push(Row { tokens, targets, file: file.clone(), line });
+                    self.rows.push(row);
                 }
             }
         }

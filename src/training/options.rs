@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::sampler::{Batching, passes};
 use super::schedule::{Schedule, ScheduleKind};
 use crate::models::WeightDtype;
 use crate::{Error, Result};
@@ -16,6 +18,36 @@ pub enum FineTuneType {
     Lora,
     /// Every weight of the model.
     Full,
+}
+
+/// Of which blocks only the input is kept for backward, which then computes them again: less memory for more work, the same
+/// gradients to the bit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", try_from = "Value")]
+pub enum GradCheckpoint {
+    /// Of none.
+    None,
+    /// Of all.
+    Every,
+    /// Of as few as the free memory asks for, counted before the first step.
+    #[default]
+    Auto,
+}
+
+/// As a configuration file may say it; a truth value is mlx-lm's way.
+impl TryFrom<Value> for GradCheckpoint {
+    type Error = String;
+
+    fn try_from(value: Value) -> std::result::Result<Self, String> {
+        match &value {
+            Value::Bool(true) => Ok(Self::Every),
+            Value::Bool(false) => Ok(Self::None),
+            Value::String(name) if name == "none" => Ok(Self::None),
+            Value::String(name) if name == "every" => Ok(Self::Every),
+            Value::String(name) if name == "auto" => Ok(Self::Auto),
+            _ => Err("it must be none, every or auto".to_string()),
+        }
+    }
 }
 
 /// The options of a training run. `Default` gives the program's defaults.
@@ -56,8 +88,12 @@ pub struct TrainerOptions {
     pub weight_decay: f64,
     /// The gradient's global norm is clipped to this; 0 for no clipping.
     pub max_grad_norm: f64,
-    /// Keep only each block's input for backward and compute the block again.
-    pub grad_checkpoint: bool,
+    /// What is computed again for less memory.
+    pub grad_checkpoint: GradCheckpoint,
+    /// Fill a pass with as many whole rows as `batch_size · max_seq_length` tokens hold, in place of `batch_size` rows.
+    pub pack: bool,
+    /// Rows are cut at this many tokens, and with `pack` a pass is measured by it.
+    pub max_seq_length: usize,
     /// Steps between reports.
     pub steps_per_report: usize,
     /// Steps between validations; the first comes before training, the last after it.
@@ -90,7 +126,9 @@ impl Default for TrainerOptions {
             min_lr_ratio: 0.1,
             weight_decay: 0.01,
             max_grad_norm: 1.0,
-            grad_checkpoint: false,
+            grad_checkpoint: GradCheckpoint::Auto,
+            pack: false,
+            max_seq_length: 2048,
             steps_per_report: 10,
             steps_per_eval: 200,
             val_batches: 25,
@@ -112,6 +150,7 @@ impl TrainerOptions {
         let at_least_one = [
             ("rank", self.rank),
             ("batch_size", self.batch_size),
+            ("max_seq_length", self.max_seq_length),
             ("grad_accumulation_steps", self.grad_accumulation_steps),
             ("iters", self.iters),
             ("steps_per_report", self.steps_per_report),
@@ -149,10 +188,21 @@ impl TrainerOptions {
         }
     }
 
-    /// The number of optimizer steps over a dataset of `rows` rows.
-    pub fn steps(&self, rows: usize) -> usize {
+    /// How rows are put together in passes.
+    pub fn batching(&self) -> Batching {
+        match self.pack {
+            false => Batching::Rows(self.batch_size),
+            true => Batching::Tokens(self.batch_size * self.max_seq_length),
+        }
+    }
+
+    /// The number of optimizer steps over rows of these lengths.
+    pub fn steps(&self, lengths: &[usize]) -> usize {
         let Some(epochs) = self.epochs else { return self.iters };
-        let passes = (rows.div_ceil(self.batch_size) as f64 * epochs).ceil() as usize;
+        let passes = match self.batching() {
+            Batching::Rows(rows) => (lengths.len().div_ceil(rows) as f64 * epochs).ceil() as usize,
+            batching => passes(lengths, batching, self.seed, epochs),
+        };
         passes.div_ceil(self.grad_accumulation_steps).max(1)
     }
 

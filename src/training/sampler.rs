@@ -1,5 +1,8 @@
 //! The order in which rows are trained on: a permutation of the rows for each epoch, drawn from the seed and the epoch's
 //! number alone, so that a position in the data is two numbers.
+//!
+//! Rows of a pass lie end to end, without padding, so that nothing is gained by putting rows of like length together: a pass costs
+//! what its tokens cost. What a pass may hold is counted in rows, or in tokens.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,35 +19,77 @@ pub struct Position {
     pub row: usize,
 }
 
+/// What a pass holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Batching {
+    /// So many rows.
+    Rows(usize),
+    /// As many whole rows as have no more tokens than this together, and at least one.
+    Tokens(usize),
+}
+
+impl Batching {
+    /// How many of the next rows, of these lengths, a pass takes.
+    fn take(self, lengths: impl Iterator<Item = usize>) -> usize {
+        match self {
+            Self::Rows(rows) => lengths.take(rows).count(),
+            Self::Tokens(budget) => {
+                let mut tokens = 0;
+                let fits = lengths.take_while(|length| {
+                    tokens += length;
+                    tokens <= budget
+                });
+                fits.count().max(1)
+            }
+        }
+    }
+}
+
 /// Gives batches of rows, epoch after epoch.
 pub struct Sampler {
-    rows: usize,
+    lengths: Vec<usize>,
+    batching: Batching,
     seed: u64,
     position: Position,
     order: Vec<u32>,
 }
 
 impl Sampler {
-    /// A sampler over `rows` rows that goes on from `position`.
-    pub fn new(rows: usize, seed: u64, position: Position) -> Self {
-        Self { rows, seed, position, order: permutation(rows, seed, position.epoch) }
+    /// A sampler over rows of these lengths that goes on from `position`.
+    pub fn new(lengths: Vec<usize>, batching: Batching, seed: u64, position: Position) -> Self {
+        let order = permutation(lengths.len(), seed, position.epoch);
+        Self { lengths, batching, seed, position, order }
     }
 
-    /// The indices of the next `count` rows, fewer at the end of an epoch.
-    pub fn next(&mut self, count: usize) -> Vec<usize> {
-        if self.position.row >= self.rows {
+    /// The indices of the next pass's rows, fewer at the end of an epoch.
+    pub fn next(&mut self) -> Vec<usize> {
+        if self.position.row >= self.lengths.len() {
             self.position = Position { epoch: self.position.epoch + 1, row: 0 };
-            self.order = permutation(self.rows, self.seed, self.position.epoch);
+            self.order = permutation(self.lengths.len(), self.seed, self.position.epoch);
         }
-        let start = self.position.row;
-        let end = (start + count).min(self.rows);
-        self.position.row = end;
-        self.order[start..end].iter().map(|&row| row as usize).collect()
+        let rest = &self.order[self.position.row..];
+        let count = self.batching.take(rest.iter().map(|&row| self.lengths[row as usize])).min(rest.len());
+        self.position.row += count;
+        rest[..count].iter().map(|&row| row as usize).collect()
     }
 
     /// Where the next batch starts.
     pub fn position(&self) -> Position {
         self.position
+    }
+}
+
+/// The passes of so many epochs, the last begun one to its share.
+pub fn passes(lengths: &[usize], batching: Batching, seed: u64, epochs: f64) -> usize {
+    let mut sampler = Sampler::new(lengths.to_vec(), batching, seed, Position::default());
+    let mut passes = 0;
+    loop {
+        sampler.next();
+        passes += 1;
+        let Position { epoch, row } = sampler.position();
+        if epoch as f64 + row as f64 / lengths.len().max(1) as f64 >= epochs {
+            return passes;
+        }
     }
 }
 
@@ -77,12 +122,12 @@ mod tests {
 
     #[test]
     fn every_row_comes_once_an_epoch_in_an_order_of_its_own() {
-        let mut sampler = Sampler::new(10, 7, Position::default());
+        let mut sampler = Sampler::new(vec![1; 10], Batching::Rows(4), 7, Position::default());
         let mut epochs = Vec::new();
         for _ in 0..2 {
             let mut seen = Vec::new();
             for expected in [4, 4, 2] {
-                let rows = sampler.next(4);
+                let rows = sampler.next();
                 assert_eq!(rows.len(), expected);
                 seen.extend(rows);
             }
@@ -97,16 +142,44 @@ mod tests {
 
     #[test]
     fn a_position_continues_the_order() {
-        let mut whole = Sampler::new(11, 3, Position::default());
-        let mut taken = Vec::new();
-        for _ in 0..5 {
-            taken.push(whole.next(3));
+        let lengths: Vec<usize> = (0..11).map(|i| 1 + i * 5 % 7).collect();
+        for batching in [Batching::Rows(3), Batching::Tokens(9)] {
+            let sampler = |position| Sampler::new(lengths.clone(), batching, 3, position);
+            let mut whole = sampler(Position::default());
+            let taken: Vec<_> = (0..7).map(|_| whole.next()).collect();
+            let mut first = sampler(Position::default());
+            first.next();
+            first.next();
+            let mut second = sampler(first.position());
+            let rest: Vec<_> = (0..5).map(|_| second.next()).collect();
+            assert_eq!(rest, taken[2..]);
         }
-        let mut first = Sampler::new(11, 3, Position::default());
-        first.next(3);
-        first.next(3);
-        let mut second = Sampler::new(11, 3, first.position());
-        let rest: Vec<_> = (0..3).map(|_| second.next(3)).collect();
-        assert_eq!(rest, taken[2..]);
+    }
+
+    #[test]
+    fn a_packed_pass_holds_what_fits() {
+        let lengths = vec![5, 3, 9, 2, 2, 7, 1, 30, 4];
+        let mut sampler = Sampler::new(lengths.clone(), Batching::Tokens(10), 1, Position::default());
+        let mut seen = Vec::new();
+        let mut before = usize::MAX;
+        while seen.len() < lengths.len() {
+            let rows = sampler.next();
+            let tokens: usize = rows.iter().map(|&row| lengths[row]).sum();
+            assert!(tokens <= 10 || rows.len() == 1, "{rows:?}");
+            // A pass ends only where the next row does not fit.
+            assert!(before == usize::MAX || before + lengths[rows[0]] > 10, "{before} and {rows:?}");
+            before = tokens;
+            seen.extend(rows);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, (0..lengths.len()).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn passes_of_epochs() {
+        let lengths = vec![4; 10];
+        assert_eq!(passes(&lengths, Batching::Tokens(12), 0, 1.0), 4);
+        assert_eq!(passes(&lengths, Batching::Tokens(12), 0, 2.0), 8);
+        assert_eq!(passes(&lengths, Batching::Tokens(12), 0, 0.5), 2);
     }
 }

@@ -9,10 +9,10 @@ use super::adapter::AdapterFile;
 use super::lora::{LoRAConfig, kaiming_uniform};
 use super::options::TrainerOptions;
 use super::params::Params;
-use crate::models::ModelFiles;
 use crate::models::block::LINEAR_NAMES;
 use crate::models::decoder::Decoder;
 use crate::models::linear::{Adapter, Parameter};
+use crate::models::{ModelConfig, ModelFiles};
 use crate::{Error, Result};
 
 /// Ends the name of a trained A.
@@ -23,11 +23,13 @@ pub(super) const B: &str = ".lora_b";
 /// Stands for all linears of a block.
 pub const ALL_LINEAR: &str = "all-linear";
 
-/// The module paths that `target_modules` and `num_layers` choose. A name that matches no linear is an error.
-pub fn targets(decoder: &Decoder, options: &TrainerOptions) -> Result<Vec<String>> {
-    let layers = decoder.config.num_layers;
+/// The module paths that `target_modules` and `num_layers` choose, block by block. A name that matches no linear is an error.
+pub fn targets(config: &ModelConfig, options: &TrainerOptions) -> Result<Vec<String>> {
+    let layers = config.num_layers;
     let first = usize::try_from(options.num_layers).map_or(0, |count| layers.saturating_sub(count));
-    let paths: Vec<String> = decoder.linears().map(|(path, _)| path).collect();
+    let path = |layer: usize, name: &str| format!("model.layers.{layer}.{name}");
+    let paths: Vec<(usize, String)> =
+        (0..layers).flat_map(|layer| LINEAR_NAMES.map(|name| (layer, path(layer, name)))).collect();
     let matches = |path: &str, target: &str| {
         target == ALL_LINEAR || path == target || path.strip_suffix(target).is_some_and(|head| head.ends_with('.'))
     };
@@ -35,22 +37,20 @@ pub fn targets(decoder: &Decoder, options: &TrainerOptions) -> Result<Vec<String
         .target_modules
         .iter()
         .map(String::as_str)
-        .filter(|target| !paths.iter().any(|path| matches(path, target)))
+        .filter(|target| !paths.iter().any(|(_, path)| matches(path, target)))
         .collect();
     if !unknown.is_empty() {
         let known = LINEAR_NAMES.map(|name| name.rsplit('.').next().unwrap_or(name)).join(", ");
         let problem = format!("the model has no linear named {}; it has {known}", unknown.join(", "));
         return Err(Error::setting("target_modules", problem));
     }
-    // Paths come block by block.
-    let per_layer = LINEAR_NAMES.len();
-    let chosen = paths.into_iter().skip(first * per_layer);
+    let chosen = paths.into_iter().filter(|(layer, _)| *layer >= first).map(|(_, path)| path);
     Ok(chosen.filter(|path| options.target_modules.iter().any(|target| matches(path, target))).collect())
 }
 
 /// Attaches new adapters (A drawn from the seed, B zero) and returns the buffers that train them.
 pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Device) -> Result<Params> {
-    let targets = targets(decoder, options)?;
+    let targets = targets(&decoder.config, options)?;
     let config = lora_config(options);
     let mut initial = Vec::with_capacity(2 * targets.len());
     for (path, linear) in decoder.linears() {

@@ -6,119 +6,30 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 
 use super::checkpoint::{self, Fingerprint, State};
 use super::dataset::{Dataset, Row};
+use super::events::Interval;
+pub use super::events::{Event, Report, Start, Summary, Validation};
+use super::memory::{Sizes, Work};
 use super::options::{FineTuneType, TrainerOptions};
 use super::params::Params;
 use super::sampler::{Position, Sampler, collate};
 use super::setup;
+use super::watch::Watch;
 use crate::backend::custom_ops::adamw::AdamW;
 use crate::backend::custom_ops::cross_entropy::Loss;
+use crate::backend::memory;
 use crate::models::ModelFiles;
 use crate::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use crate::models::linear::DropoutRound;
 use crate::training::adapter::AdapterFile;
 use crate::training::files;
 use crate::{Error, Result};
-
-/// What a run reports as it goes.
-#[derive(Debug, Clone)]
-pub enum Event {
-    /// Before the first step.
-    Start(Start),
-    /// A step is done.
-    Step {
-        /// Steps done.
-        step: usize,
-        /// Steps of the whole run.
-        total: usize,
-        /// Nats per counted token of this step.
-        loss: f64,
-    },
-    /// After `steps_per_report` steps, and after the last one.
-    Report(Report),
-    /// A validation is done.
-    Validation(Validation),
-    /// A checkpoint stands on the disk.
-    Checkpoint {
-        /// The step it holds.
-        step: usize,
-        /// Its folder.
-        path: PathBuf,
-    },
-    /// Something that the user should know; training goes on.
-    Warning(String),
-}
-
-/// What a run is about to do.
-#[derive(Debug, Clone)]
-pub struct Start {
-    /// Steps already done by the run that is continued; 0 for a new one.
-    pub step: usize,
-    /// Steps of the whole run.
-    pub total: usize,
-    /// Trained values.
-    pub trained: usize,
-    /// Values of the model, adapters not counted.
-    pub model: usize,
-    /// Adapters, or weights in full fine-tuning.
-    pub tensors: usize,
-    /// Rows of the training data.
-    pub rows: usize,
-}
-
-/// Means over the steps since the last report.
-#[derive(Debug, Clone)]
-pub struct Report {
-    /// The last step done.
-    pub step: usize,
-    /// Steps of the whole run.
-    pub total: usize,
-    /// Nats per counted token.
-    pub loss: f64,
-    /// Of the last step.
-    pub learning_rate: f64,
-    /// The gradient's global norm before clipping, of the last step.
-    pub grad_norm: f64,
-    /// Tokens run through the model per second.
-    pub tokens_per_second: f64,
-    /// Steps per second.
-    pub steps_per_second: f64,
-    /// Tokens counted in the loss since the start of the run.
-    pub trained_tokens: u64,
-    /// Passes over the data since the start of the run.
-    pub epoch: f64,
-}
-
-/// A validation's outcome.
-#[derive(Debug, Clone, Copy)]
-pub struct Validation {
-    /// Steps done.
-    pub step: usize,
-    /// Nats per counted token.
-    pub loss: f64,
-    /// `exp(loss)`.
-    pub perplexity: f64,
-    /// Tokens counted.
-    pub tokens: usize,
-}
-
-/// What a run came to.
-#[derive(Debug, Clone)]
-pub struct Summary {
-    /// Steps done; under `total` when it was asked to stop.
-    pub step: usize,
-    /// Steps of the whole run.
-    pub total: usize,
-    /// The first and the last validation of this process.
-    pub validation: Option<(Validation, Validation)>,
-    /// Seconds spent.
-    pub seconds: f64,
-}
 
 /// Checkpoints kept: the newest and one to fall back on.
 const KEPT_CHECKPOINTS: usize = 2;
@@ -135,6 +46,17 @@ pub struct Trainer<'a> {
     state: State,
     resumed_from: usize,
     warnings: Vec<String>,
+    fitted: Fitted,
+}
+
+/// How a run fits into the memory that there is.
+#[derive(Clone, Copy)]
+struct Fitted {
+    checkpointing: Checkpointing,
+    again: (usize, usize),
+    work: Work,
+    step: u64,
+    available: Option<u64>,
 }
 
 /// Where a run starts from.
@@ -173,7 +95,13 @@ impl<'a> Trainer<'a> {
             FineTuneType::Lora => setup::lora(&mut decoder, &options, device)?,
             FineTuneType::Full => setup::full(&mut decoder, device)?,
         };
-        let total = options.steps(train.rows.len());
+        let lengths = lengths(&train.rows);
+        let total = options.steps(&lengths);
+        let sizes = Sizes::new(&model.config, &options, decoder.dtype(), device)?;
+        let work = largest_pass(&options, &train.rows);
+        let available = memory::available(device)?;
+        let (checkpointing, plan) = sizes.choose(options.grad_checkpoint, work, available);
+        let fitted = Fitted { checkpointing, again: sizes.again(checkpointing), work, step: plan.step(), available };
         let mut trainer = Self {
             state: State {
                 step: 0,
@@ -194,7 +122,13 @@ impl<'a> Trainer<'a> {
             params,
             resumed_from: 0,
             warnings: Vec::new(),
+            fitted,
         };
+        if let Some(available) = available.filter(|&available| plan.step() > available) {
+            let (needed, free) = (plan.step() as f64 / 1e9, available as f64 / 1e9);
+            let advice = trainer.less_memory();
+            trainer.warnings.push(format!("a step takes about {needed:.1} GB and {free:.1} GB are free; {advice}"));
+        }
         match from {
             From::Scratch => {}
             From::Adapter(path) => setup::start_from(&trainer.params, &trainer.options, &AdapterFile::load(&path)?)?,
@@ -203,8 +137,28 @@ impl<'a> Trainer<'a> {
         Ok(trainer)
     }
 
-    /// Trains to the end, or until `report` breaks; then the step is finished and a checkpoint written.
+    /// Trains to the end, or until `report` breaks; then the step is finished and a checkpoint written. The batches of the next step
+    /// are put together on another thread meanwhile.
     pub fn run(&mut self, report: &mut dyn FnMut(Event) -> ControlFlow<()>) -> Result<Summary> {
+        let (rows, options) = (&self.train.rows, self.options.clone());
+        let mut sampler = Sampler::new(lengths(rows), options.batching(), options.seed, self.state.position);
+        let steps = self.state.total.saturating_sub(self.state.step);
+        std::thread::scope(|scope| {
+            let (give, take) = std::sync::mpsc::sync_channel(1);
+            scope.spawn(move || {
+                let next = || Passes::next(&mut sampler, rows, options.grad_accumulation_steps);
+                // A run that ends early takes no more.
+                std::iter::repeat_with(next).take(steps).try_for_each(|passes| give.send(passes))
+            });
+            self.run_steps(&take, report)
+        })
+    }
+
+    fn run_steps(
+        &mut self,
+        passes: &Receiver<Passes>,
+        report: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Summary> {
         let started = Instant::now();
         let total = self.state.total;
         let mut stop = false;
@@ -214,9 +168,8 @@ impl<'a> Trainer<'a> {
             tell(Event::Warning(warning), &mut stop);
         }
         let mut validation: Option<(Validation, Validation)> = None;
-        let mut sampler = Sampler::new(self.train.rows.len(), self.options.seed, self.state.position);
         let schedule = self.options.schedule(total);
-        let watch = Watch::new(self)?;
+        let mut watch = Watch::new(&self.params)?;
         let mut interval = Interval::new();
         if self.state.step == 0
             && let Some(first) = self.validate()?
@@ -229,12 +182,16 @@ impl<'a> Trainer<'a> {
         while self.state.step < total && !stop {
             let step = self.state.step + 1;
             let learning_rate = schedule.at(step);
-            let (loss, tokens, grad_norm) = self.step(&mut sampler, learning_rate, &watch)?;
+            let Ok(passes) = passes.recv() else { unreachable!("as many passes are made as there are steps") };
+            let done = self.step(passes, learning_rate, &mut watch);
+            let (loss, tokens, grad_norm) = done.map_err(|error| self.explained(step, error))?;
             interval.add(loss, tokens);
             tell(Event::Step { step, total, loss: loss.mean() }, &mut stop);
             let last = step == total;
             if last || step.is_multiple_of(self.options.steps_per_report) {
-                tell(Event::Report(interval.report(&self.state, self.epoch(), learning_rate, grad_norm)), &mut stop);
+                let device = self.decoder.device();
+                let report = interval.report(&self.state, device, self.epoch(), learning_rate, grad_norm)?;
+                tell(Event::Report(report), &mut stop);
                 interval = Interval::new();
             }
             let pause = Instant::now();
@@ -253,7 +210,8 @@ impl<'a> Trainer<'a> {
         if saved != self.state.step {
             tell(self.save()?, &mut stop);
         }
-        Ok(Summary { step: self.state.step, total, validation, seconds: started.elapsed().as_secs_f64() })
+        let (seconds, peak_memory) = (started.elapsed().as_secs_f64(), memory::peak(self.decoder.device(), false)?);
+        Ok(Summary { step: self.state.step, total, validation, seconds, peak_memory })
     }
 
     /// The model with the adapters as they are now.
@@ -271,14 +229,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// One optimizer step: the loss, the tokens run and the gradient's norm before clipping.
-    fn step(&mut self, sampler: &mut Sampler, learning_rate: f64, watch: &Watch) -> Result<(Loss, usize, f64)> {
+    fn step(&mut self, passes: Passes, learning_rate: f64, watch: &mut Watch) -> Result<(Loss, usize, f64)> {
         let step = self.state.step + 1;
-        let rows: Vec<Vec<usize>> =
-            (0..self.options.grad_accumulation_steps).map(|_| sampler.next(self.options.batch_size)).collect();
-        let batches: Vec<Batch> =
-            rows.iter().map(|rows| collate(rows.iter().map(|&row| &self.train.rows[row]))).collect();
+        let Passes { batches, rows, position } = passes;
         let counted: usize = batches.iter().map(Batch::counted).sum();
-        let checkpointing = if self.options.grad_checkpoint { Checkpointing::EveryBlock } else { Checkpointing::None };
+        let checkpointing = self.fitted.checkpointing;
 
         self.params.zero_gradients()?;
         let mut total = Loss { sum: 0.0, count: 0 };
@@ -308,17 +263,51 @@ impl<'a> Trainer<'a> {
         self.params.step(&optimizer, scale as f32, step)?;
         watch.check_movement(&self.params, step, done)?;
         self.state.step = step;
-        self.state.position = sampler.position();
+        self.state.position = position;
         self.state.trained_tokens += total.count as u64;
         Ok((total, batches.iter().map(|batch| batch.tokens.len()).sum(), norm))
     }
 
     fn not_finite(&self, step: usize, what: String) -> Error {
-        let kept = match checkpoint::list(&self.adapter_path).unwrap_or_default().first() {
+        let kept = self.kept_checkpoint();
+        Error::Training { step, problem: format!("{what}; {kept}. A lower learning rate often helps") }
+    }
+
+    fn kept_checkpoint(&self) -> String {
+        match checkpoint::list(&self.adapter_path).unwrap_or_default().first() {
             Some((good, path)) => format!("the checkpoint of step {good} is kept in {}", path.display()),
             None => "no checkpoint was written yet".to_string(),
-        };
-        Error::Training { step, problem: format!("{what}; {kept}. A lower learning rate often helps") }
+        }
+    }
+
+    /// A GPU without memory left is told in words that help.
+    fn explained(&self, step: usize, error: Error) -> Error {
+        if !out_of_memory(&error) {
+            return error;
+        }
+        let (advice, kept) = (self.less_memory(), self.kept_checkpoint());
+        Error::Training { step, problem: format!("the GPU is out of memory; {advice}; {kept}") }
+    }
+
+    /// What makes a step smaller, with what it is now.
+    fn less_memory(&self) -> String {
+        let TrainerOptions { batch_size, max_seq_length, grad_accumulation_steps, .. } = self.options;
+        let Work { tokens, longest, .. } = self.fitted.work;
+        let (again, blocks) = self.fitted.again;
+        let mut advice = vec![];
+        if batch_size > 1 {
+            let more = format!(
+                "with a larger grad_accumulation_steps (now {grad_accumulation_steps}) the step stays the same"
+            );
+            advice.push(format!("lower batch_size (now {batch_size}, the largest pass has {tokens} tokens; {more})"));
+        }
+        if longest > 1 {
+            advice.push(format!("lower max_seq_length (now {max_seq_length}, the longest row has {longest} tokens)"));
+        }
+        if again < blocks {
+            advice.push("give --grad-checkpoint every".to_string());
+        }
+        advice.join(", or ")
     }
 
     /// Writes the checkpoint, then the adapter (or the model) itself.
@@ -374,6 +363,9 @@ impl<'a> Trainer<'a> {
             model: shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum(),
             tensors: self.params.count(),
             rows: self.train.rows.len(),
+            again: self.fitted.again,
+            work: self.fitted.work,
+            memory: (self.fitted.step, self.fitted.available),
         }
     }
 
@@ -381,6 +373,56 @@ impl<'a> Trainer<'a> {
         let Position { epoch, row } = self.state.position;
         epoch as f64 + row as f64 / self.train.rows.len() as f64
     }
+}
+
+/// The passes of an optimizer step.
+struct Passes {
+    batches: Vec<Batch>,
+    /// The rows of each.
+    rows: Vec<Vec<usize>>,
+    /// Where the next step starts.
+    position: Position,
+}
+
+impl Passes {
+    fn next(sampler: &mut Sampler, from: &[Row], count: usize) -> Self {
+        let rows: Vec<Vec<usize>> = (0..count).map(|_| sampler.next()).collect();
+        let batches = rows.iter().map(|rows| collate(rows.iter().map(|&row| &from[row]))).collect();
+        Self { batches, rows, position: sampler.position() }
+    }
+}
+
+/// The tokens of each row.
+fn lengths(rows: &[Row]) -> Vec<usize> {
+    rows.iter().map(|row| row.tokens.len()).collect()
+}
+
+/// The largest pass that a run on these rows comes to, by the order that its seed gives.
+pub fn largest_pass(options: &TrainerOptions, rows: &[Row]) -> Work {
+    /// After so many epochs it is not worth the time to look on.
+    const EPOCHS: u64 = 16;
+    let lengths = lengths(rows);
+    let passes = options.steps(&lengths) * options.grad_accumulation_steps;
+    let mut sampler = Sampler::new(lengths, options.batching(), options.seed, Position::default());
+    let mut work = Work { tokens: 0, longest: 0, counted: 0 };
+    for _ in 0..passes {
+        let pass = sampler.next();
+        let of_pass = |count: &dyn Fn(&Row) -> usize| pass.iter().map(|&row| count(&rows[row])).sum::<usize>();
+        let longest = pass.iter().map(|&row| rows[row].tokens.len()).max().unwrap_or(0);
+        work.tokens = work.tokens.max(of_pass(&|row| row.tokens.len()));
+        work.counted = work.counted.max(of_pass(&Row::counted));
+        work.longest = work.longest.max(longest);
+        if sampler.position().epoch >= EPOCHS {
+            break;
+        }
+    }
+    work
+}
+
+/// Whether a GPU had no memory for what was asked of it; the driver's word for it is all that Candle hands on.
+fn out_of_memory(error: &Error) -> bool {
+    let text = error.to_string().to_lowercase();
+    text.contains("out_of_memory") || text.contains("out of memory")
 }
 
 /// The summed loss over rows in their order, at most `batches` batches of `batch_size`.
@@ -392,99 +434,6 @@ pub fn evaluate(decoder: &Decoder, rows: &[Row], batch_size: usize, batches: usi
         total.count += loss.count;
     }
     Ok(total)
-}
-
-/// Sums since the last report.
-struct Interval {
-    started: Instant,
-    loss: Loss,
-    tokens: usize,
-    steps: usize,
-}
-
-impl Interval {
-    fn new() -> Self {
-        Self { started: Instant::now(), loss: Loss { sum: 0.0, count: 0 }, tokens: 0, steps: 0 }
-    }
-
-    fn add(&mut self, loss: Loss, tokens: usize) {
-        self.loss.sum += loss.sum;
-        self.loss.count += loss.count;
-        self.tokens += tokens;
-        self.steps += 1;
-    }
-
-    fn report(&self, state: &State, epoch: f64, learning_rate: f64, grad_norm: f64) -> Report {
-        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
-        Report {
-            step: state.step,
-            total: state.total,
-            loss: self.loss.mean(),
-            learning_rate,
-            grad_norm,
-            tokens_per_second: self.tokens as f64 / seconds,
-            steps_per_second: self.steps as f64 / seconds,
-            trained_tokens: state.trained_tokens,
-            epoch,
-        }
-    }
-}
-
-/// Looks at the first two steps of a process: every B must get a gradient in the first, and with B no longer zero every A must
-/// get one and move in the second. Weights of full fine-tuning must get one at once; biases may not (softmax cancels that
-/// of keys).
-struct Watch {
-    initial: HashMap<String, Tensor>,
-}
-
-impl Watch {
-    fn new(trainer: &Trainer) -> Result<Self> {
-        // A copy of the values alone: `copy` would take the whole buffer that they are a view of.
-        let named = trainer.params.named()?;
-        let a = named.into_iter().filter(|(name, _)| name.ends_with(setup::A));
-        let initial = a.map(|(name, parameter)| Ok((name.to_string(), parameter.value.force_contiguous()?)));
-        Ok(Self { initial: initial.collect::<Result<_>>()? })
-    }
-
-    fn check_gradients(&self, params: &Params, step: usize, done: usize) -> Result<()> {
-        if done > 2 {
-            return Ok(());
-        }
-        let mut without = Vec::new();
-        for (name, parameter) in params.named()? {
-            let expected = if name.ends_with(setup::A) { done == 2 } else { !name.ends_with(".bias") };
-            let Some(grad) = parameter.grad.filter(|_| expected) else { continue };
-            if grad.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()? == 0.0 {
-                without.push(name.to_string());
-            }
-        }
-        stop_with(step, "no gradient reaches", without)
-    }
-
-    fn check_movement(&self, params: &Params, step: usize, done: usize) -> Result<()> {
-        if done != 2 {
-            return Ok(());
-        }
-        let mut still = Vec::new();
-        for (name, parameter) in params.named()? {
-            let Some(initial) = self.initial.get(name) else { continue };
-            let moved = parameter.value.sub(initial)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-            if moved == 0.0 {
-                still.push(name.to_string());
-            }
-        }
-        stop_with(step, "the optimizer did not move", still)
-    }
-}
-
-fn stop_with(step: usize, what: &str, names: Vec<String>) -> Result<()> {
-    if names.is_empty() {
-        return Ok(());
-    }
-    Err(Error::Training {
-        step,
-        problem: format!("{what} {} of the trained tensors: {}", names.len(), names.join(", ")),
-    })
 }
 
 /// Of each weight's first values: enough to tell one checkpoint of a model from another.
@@ -507,4 +456,16 @@ fn data_fingerprint(rows: &[Row]) -> Fingerprint {
         fingerprint.add(words.flat_map(|word| word.to_le_bytes()));
     }
     fingerprint
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_gpu_is_told_from_other_faults() {
+        let driver = candle_core::Error::Msg("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")".to_string());
+        assert!(out_of_memory(&Error::Candle(driver.bt())));
+        assert!(!out_of_memory(&Error::op("linear", "w [3, 4] does not fit x [2, 5]")));
+    }
 }

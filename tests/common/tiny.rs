@@ -24,6 +24,11 @@ const TEXT: &str =
 /// Writes `config.json`, `model.safetensors` (f32, drawn from `seed`), `tokenizer.json` (byte-level BPE: any text can be written)
 /// and `tokenizer_config.json` without a chat template, into a folder that it makes.
 pub fn write_model(folder: &Path, seed: u64) {
+    write_model_with(folder, seed, |_| ());
+}
+
+/// [`write_model`] with another configuration.
+pub fn write_model_with(folder: &Path, seed: u64, change: impl FnOnce(&mut Value)) {
     fs::create_dir_all(folder).unwrap();
     let tokenizer = tokenizer();
     let vocab = tokenizer.get_vocab_size(true);
@@ -32,7 +37,8 @@ pub fn write_model(folder: &Path, seed: u64) {
         &folder.join("tokenizer_config.json"),
         &json!({"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}),
     );
-    let config = config(vocab, tokenizer.token_to_id(EOS).unwrap());
+    let mut config = config(vocab, tokenizer.token_to_id(EOS).unwrap());
+    change(&mut config);
     write_json(&folder.join("config.json"), &config);
     let config = ModelConfig::from_value(folder, &config).unwrap();
     candle_core::safetensors::save(&weights(&config, seed), folder.join("model.safetensors")).unwrap();

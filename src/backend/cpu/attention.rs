@@ -20,7 +20,7 @@ const ROWS: usize = 96;
 /// Keys of a tile. A tile of scores takes 48 KiB.
 const KEYS: usize = 128;
 /// Tiles of keys whose shares of dq are held at once.
-const WAVE: usize = 8;
+pub const WAVE: usize = 8;
 
 /// Heads and head size.
 #[derive(Debug, Clone, Copy)]

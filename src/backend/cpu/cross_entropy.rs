@@ -11,9 +11,8 @@ use super::bf16_product;
 use super::exp::{exp_shifted, max};
 use super::floats::{Floats, narrow};
 use super::{linear, simd};
+use crate::backend::custom_ops::cross_entropy::chunk_rows;
 
-/// The logits buffer holds at most this many elements (32 MiB), but always one row.
-const LOGITS: usize = 8 << 20;
 /// Sums over the vocabulary are f32 within runs of this length and f64 over them.
 const RUN: usize = 4096;
 
@@ -63,8 +62,7 @@ impl Problem<'_> {
             return 0.0;
         }
         let vocab = head.len() / n;
-        let most = (LOGITS / vocab).clamp(1, counted.len());
-        let size = counted.len().div_ceil(counted.len().div_ceil(most));
+        let size = chunk_rows(counted.len(), vocab, true);
         let mut z = vec![0.0; size * vocab];
         // Where the products are of bf16, z is rounded to it for the gradient; x is bf16 as it lies.
         let (mut x16, mut z16) = (Vec::new(), Vec::new());

@@ -6,13 +6,9 @@ use candle_core::{DType, Tensor};
 use super::device::{Gpu, Held, View, address, cuda_device, empty, scratch, tensor, typed, uninit};
 use super::{adamw, embedding, linear};
 use crate::Result;
-use crate::backend::custom_ops::cross_entropy::Pending;
+use crate::backend::custom_ops::cross_entropy::{Pending, chunk_rows};
 
 const OP: &str = "cross_entropy";
-/// Bytes that a chunk's logits may take.
-const CHUNK_BYTES: usize = 256 << 20;
-/// Rows of a chunk are a multiple of this, where there are as many.
-const CHUNK_ROWS: usize = 256;
 
 #[repr(C)]
 struct Args {
@@ -65,8 +61,7 @@ pub fn run(
         (Some(_), false) => Some(tensor(uninit(device, gathered.shape(), hidden.dtype())?, gathered.shape())),
         (None, _) => None,
     };
-    let chunk = (CHUNK_BYTES / (4 * vocab)).clamp(1, counted.len());
-    let chunk = if chunk > CHUNK_ROWS { chunk / CHUNK_ROWS * CHUNK_ROWS } else { chunk };
+    let chunk = chunk_rows(counted.len(), vocab, false);
     let logits = scratch(device, chunk * vocab)?;
     for start in (0..counted.len()).step_by(chunk) {
         let count = chunk.min(counted.len() - start);

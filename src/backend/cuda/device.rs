@@ -334,21 +334,42 @@ impl Gpu {
     }
 }
 
-/// See [`super::peak_memory`].
-pub(super) fn peak_memory(device: &CudaDevice, reset: bool) -> Result<u64> {
+/// Figures of the pool that tensors come from, in bytes.
+pub(super) struct Pool {
+    pub used: u64,
+    pub most: u64,
+    pub reserved: u64,
+    pub free: u64,
+}
+
+/// Reads the pool's figures; `reset` lets the most start again from what is used.
+pub(super) fn pool(device: &CudaDevice, reset: bool) -> Result<Pool> {
+    use sys::CUmemPool_attribute_enum::{
+        CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    };
     let gpu = Gpu::of(device)?;
     gpu.bind()?;
-    let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    let (mut pool, mut bytes, mut zero) = (std::ptr::null_mut(), 0_u64, 0_u64);
-    // SAFETY: the device is valid, the attribute is of 64 bits, and the pointers live through the calls.
+    let (mut pool, mut zero) = (std::ptr::null_mut(), 0_u64);
+    let (mut free, mut total) = (0_usize, 0_usize);
+    let mut figures = [
+        (CU_MEMPOOL_ATTR_USED_MEM_CURRENT, 0_u64),
+        (CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0),
+        (CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, 0),
+    ];
+    // SAFETY: the device is valid, the attributes are of 64 bits, and the pointers live through the calls.
     unsafe {
         sys::cuDeviceGetDefaultMemPool(&mut pool, gpu.context.cu_device()).result().map_err(driver)?;
-        sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()).result().map_err(driver)?;
+        for (attribute, bytes) in &mut figures {
+            sys::cuMemPoolGetAttribute(pool, *attribute, (&raw mut *bytes).cast()).result().map_err(driver)?;
+        }
         if reset {
+            let attribute = CU_MEMPOOL_ATTR_USED_MEM_HIGH;
             sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut zero).cast()).result().map_err(driver)?;
         }
+        sys::cuMemGetInfo_v2(&mut free, &mut total).result().map_err(driver)?;
     }
-    Ok(bytes)
+    let [(_, used), (_, most), (_, reserved)] = figures;
+    Ok(Pool { used, most, reserved, free: free as u64 })
 }
 
 /// Contiguous memory on a GPU, of one dtype.

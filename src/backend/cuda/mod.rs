@@ -47,8 +47,32 @@ pub fn takes(device: &candle_core::Device) -> bool {
 /// Where `device` is no GPU of this build.
 #[cfg(feature = "cuda")]
 pub fn peak_memory(device: &candle_core::Device, reset: bool) -> crate::Result<u64> {
+    Ok(pool(device, reset)?.most)
+}
+
+/// Bytes of tensors on this GPU now.
+///
+/// # Errors
+/// Where `device` is no GPU of this build.
+#[cfg(feature = "cuda")]
+pub fn used_memory(device: &candle_core::Device) -> crate::Result<u64> {
+    Ok(pool(device, false)?.used)
+}
+
+/// Bytes that new tensors on this GPU can have.
+///
+/// # Errors
+/// Where `device` is no GPU of this build.
+#[cfg(feature = "cuda")]
+pub fn available_memory(device: &candle_core::Device) -> crate::Result<u64> {
+    let device::Pool { used, reserved, free, .. } = pool(device, false)?;
+    Ok(free + reserved.saturating_sub(used))
+}
+
+#[cfg(feature = "cuda")]
+fn pool(device: &candle_core::Device, reset: bool) -> crate::Result<device::Pool> {
     match device {
-        candle_core::Device::Cuda(device) => device::peak_memory(device, reset),
+        candle_core::Device::Cuda(device) => device::pool(device, reset),
         _ => Err(device::failed("the device is no GPU".to_string())),
     }
 }

@@ -23,6 +23,20 @@ const OP: &str = "cross_entropy";
 /// A row with this target is not counted and costs nothing.
 pub const IGNORE: u32 = u32::MAX;
 
+/// Rows whose logits exist at a time. On the CPU they take 32 MiB at most and chunks are even; on a GPU 256 MiB, and where there are as many, rows
+/// are a multiple of 256.
+pub(crate) fn chunk_rows(counted: usize, vocab: usize, cpu: bool) -> usize {
+    const CPU_ELEMENTS: usize = 8 << 20;
+    const GPU_ELEMENTS: usize = 64 << 20;
+    let counted = counted.max(1);
+    if cpu {
+        let most = (CPU_ELEMENTS / vocab).clamp(1, counted);
+        return counted.div_ceil(counted.div_ceil(most));
+    }
+    let most = (GPU_ELEMENTS / vocab).clamp(1, counted);
+    if most > 256 { most / 256 * 256 } else { most }
+}
+
 /// A summed loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
