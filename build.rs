@@ -1,4 +1,4 @@
-//! Compiles the CUDA kernels when the feature `cuda` is on; does nothing otherwise.
+//! Names the commit for `bench`, and compiles the CUDA kernels when the feature `cuda` is on.
 //!
 //! nvcc is taken from `NVCC`, `CUDA_HOME/bin`, `CUDA_PATH/bin` or `PATH`. One file a source goes to `OUT_DIR`: machine code for
 //! compute capability 8.0 (runs on all of 8.x) and 9.0, and PTX of 9.0 for what comes later. `CUDA_COMPUTE_CAP=86`, which
@@ -14,6 +14,7 @@ const HOPPER: [&str; 2] = ["linear", "attention_hopper"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    name_commit();
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
@@ -26,6 +27,17 @@ fn main() {
         let status = child.wait().expect("nvcc can be waited for");
         assert!(status.success(), "nvcc could not compile src/backend/cuda/{source}.cu: {status}");
     }
+}
+
+/// `METAL_CANDLE_COMMIT`: the commit of a checkout, with `-dirty` where files were changed when this ran last; "unknown" of a package.
+fn name_commit() {
+    for path in [".git/HEAD", ".git/index", ".git/refs/heads"].into_iter().filter(|path| Path::new(path).exists()) {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let output = Command::new("git").args(["describe", "--always", "--dirty", "--exclude=*"]).output();
+    let text = output.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).trim().to_string();
+    println!("cargo::rustc-env=METAL_CANDLE_COMMIT={}", if text.is_empty() { "unknown" } else { &text });
 }
 
 fn start(source: &str) -> Child {

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod bench;
 mod chat;
 mod demo;
 mod device;
@@ -36,6 +37,7 @@ enum Command {
     Chat(Box<chat::Chat>),
     Eval(Box<eval::Eval>),
     Info(info::Info),
+    Bench(bench::Bench),
 }
 
 /// What a subcommand returns; the error is printed once by [`run`].
@@ -56,6 +58,7 @@ pub fn run() -> ExitCode {
         Command::Chat(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::Info(args) => args.run(),
+        Command::Bench(args) => args.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

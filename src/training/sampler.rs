@@ -62,7 +62,7 @@ impl Sampler {
     }
 
     /// The indices of the next pass's rows, fewer at the end of an epoch.
-    pub fn next(&mut self) -> Vec<usize> {
+    pub fn next_pass(&mut self) -> Vec<usize> {
         if self.position.row >= self.lengths.len() {
             self.position = Position { epoch: self.position.epoch + 1, row: 0 };
             self.order = permutation(self.lengths.len(), self.seed, self.position.epoch);
@@ -84,7 +84,7 @@ pub fn passes(lengths: &[usize], batching: Batching, seed: u64, epochs: f64) -> 
     let mut sampler = Sampler::new(lengths.to_vec(), batching, seed, Position::default());
     let mut passes = 0;
     loop {
-        sampler.next();
+        sampler.next_pass();
         passes += 1;
         let Position { epoch, row } = sampler.position();
         if epoch as f64 + row as f64 / lengths.len().max(1) as f64 >= epochs {
@@ -127,7 +127,7 @@ mod tests {
         for _ in 0..2 {
             let mut seen = Vec::new();
             for expected in [4, 4, 2] {
-                let rows = sampler.next();
+                let rows = sampler.next_pass();
                 assert_eq!(rows.len(), expected);
                 seen.extend(rows);
             }
@@ -146,12 +146,12 @@ mod tests {
         for batching in [Batching::Rows(3), Batching::Tokens(9)] {
             let sampler = |position| Sampler::new(lengths.clone(), batching, 3, position);
             let mut whole = sampler(Position::default());
-            let taken: Vec<_> = (0..7).map(|_| whole.next()).collect();
+            let taken: Vec<_> = (0..7).map(|_| whole.next_pass()).collect();
             let mut first = sampler(Position::default());
-            first.next();
-            first.next();
+            first.next_pass();
+            first.next_pass();
             let mut second = sampler(first.position());
-            let rest: Vec<_> = (0..5).map(|_| second.next()).collect();
+            let rest: Vec<_> = (0..5).map(|_| second.next_pass()).collect();
             assert_eq!(rest, taken[2..]);
         }
     }
@@ -163,7 +163,7 @@ mod tests {
         let mut seen = Vec::new();
         let mut before = usize::MAX;
         while seen.len() < lengths.len() {
-            let rows = sampler.next();
+            let rows = sampler.next_pass();
             let tokens: usize = rows.iter().map(|&row| lengths[row]).sum();
             assert!(tokens <= 10 || rows.len() == 1, "{rows:?}");
             // A pass ends only where the next row does not fit.

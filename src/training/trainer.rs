@@ -386,7 +386,7 @@ struct Passes {
 
 impl Passes {
     fn next(sampler: &mut Sampler, from: &[Row], count: usize) -> Self {
-        let rows: Vec<Vec<usize>> = (0..count).map(|_| sampler.next()).collect();
+        let rows: Vec<Vec<usize>> = (0..count).map(|_| sampler.next_pass()).collect();
         let batches = rows.iter().map(|rows| collate(rows.iter().map(|&row| &from[row]))).collect();
         Self { batches, rows, position: sampler.position() }
     }
@@ -406,7 +406,7 @@ pub fn largest_pass(options: &TrainerOptions, rows: &[Row]) -> Work {
     let mut sampler = Sampler::new(lengths, options.batching(), options.seed, Position::default());
     let mut work = Work { tokens: 0, longest: 0, counted: 0 };
     for _ in 0..passes {
-        let pass = sampler.next();
+        let pass = sampler.next_pass();
         let of_pass = |count: &dyn Fn(&Row) -> usize| pass.iter().map(|&row| count(&rows[row])).sum::<usize>();
         let longest = pass.iter().map(|&row| rows[row].tokens.len()).max().unwrap_or(0);
         work.tokens = work.tokens.max(of_pass(&|row| row.tokens.len()));

@@ -86,7 +86,7 @@ fn gradients<T: Element, const GELU: bool>(gate: T, up: T, g: T) -> (T, T, T) {
 #[inline(always)]
 fn activated<const GELU: bool>(z: f32) -> (f32, f32) {
     let (w, slope) = if GELU {
-        const SCALE: f32 = 1.595_769_1;
+        const SCALE: f32 = 1.595_769;
         (SCALE * z * (0.044_715 * z * z + 1.0), SCALE * (0.134_145 * z * z + 1.0))
     } else {
         (z, 1.0)
