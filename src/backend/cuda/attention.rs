@@ -71,7 +71,7 @@ impl Instance {
         let long = call.sequences.iter().any(|sequence| sequence.q_len > ROWS);
         if gpu.hopper && q.dtype == DType::BF16 && long && call.scale > 0.0 && matches!(dim, 1..=64 | 97..=128) {
             let size = if dim <= 64 { 64 } else { 128 };
-            return Some(Self { kind: Kind::Hopper, size, rows: 2 * ROWS, forward: 128, queries: 64, keys: 64 });
+            return Some(Self { kind: Kind::Hopper, size, rows: 2 * ROWS, forward: 64, queries: 64, keys: 64 });
         }
         let kind = if q.dtype == DType::F16 { Kind::F16 } else { Kind::Bf16 };
         match dim {
@@ -82,10 +82,10 @@ impl Instance {
         }
     }
 
-    /// Shared memory for `blocks` tiles of the block's rows and twice two of `other` rows.
+    /// Shared memory for `blocks` tiles of the block's rows and the places of two of `other` rows: two, or four on Hopper.
     fn shared(&self, blocks: usize, other: usize) -> usize {
         match self.kind {
-            Kind::Hopper => (blocks * self.rows + 4 * other) * 2 * self.size + 1024,
+            Kind::Hopper => (blocks * self.rows + 8 * other) * 2 * self.size + 1024,
             _ => (blocks * self.rows + 4 * other) * (2 * self.size + 16),
         }
     }
@@ -128,7 +128,6 @@ macro_rules! instances {
 /// Pairs of a sequence and the first of `step` of its rows, those with the most work first.
 fn tiles(
     step: usize,
-
     call: &AttentionArgs,
     rows: impl Fn(&Sequence) -> usize,
     work: impl Fn(&Sequence, usize) -> usize,
@@ -278,7 +277,7 @@ fn launch_tiles(
     let there = gpu.upload(device, &tiles)?;
     args.tiles = address(&there, &stream);
     // SAFETY: `Args` mirrors the kernels'; tiles start within their sequences, which lie within q and k; memory is of this stream.
-    unsafe { gpu.launch(kernel, [tiles.len() / 2, heads], instance.warps(), shared, &stream, args) }
+    unsafe { gpu.launch(kernel, [heads, tiles.len() / 2], instance.warps(), shared, &stream, args) }
 }
 
 /// What all kernels of a call share.

@@ -8,6 +8,7 @@
 //   backward_queries  a block: 64 queries of a head, over tiles of keys; dq
 //   backward_keys     a block: 64 keys of a key head, over tiles of queries of all its heads; dk, dv, summed in registers
 //   delta             δ, a warp a row
+// Blocks are of heads in x and of tiles in y, those with the most work first for all heads.
 // The backward's scores are made twice, so that no two blocks add to one place: the same bits in every run.
 // Bytes: q, o (g, dq) once; k and v once a block, from L2. Operations: 4 D a score forward, 14 D backward.
 #pragma once
@@ -134,13 +135,13 @@ template <int R> struct QueryBlock {
   int head, kv_head;
 
   __device__ __forceinline__ QueryBlock(const Args& args) {
-    s = args.sequences[args.tiles[2 * blockIdx.x]];
-    first = args.tiles[2 * blockIdx.x + 1];
+    s = args.sequences[args.tiles[2 * blockIdx.y]];
+    first = args.tiles[2 * blockIdx.y + 1];
     count = min(R, (int)s.q_len - first);
     position = (int)s.k_len - (int)s.q_len + first;
     key_end = position + count;
     key_begin = (int)max((int64_t)0, (int64_t)position - args.window + 1);
-    head = blockIdx.y;
+    head = blockIdx.x;
     kv_head = head / (args.q_heads / args.kv_heads);
   }
   template <class T> __device__ __forceinline__ const T* queries(const void* q, const Args& args) const {
@@ -169,11 +170,11 @@ template <int R> struct KeyBlock {
   int64_t row;             // of its first key
 
   __device__ __forceinline__ KeyBlock(const Args& args, int n) {
-    s = args.sequences[args.tiles[2 * blockIdx.x]];
-    first = args.tiles[2 * blockIdx.x + 1];
+    s = args.sequences[args.tiles[2 * blockIdx.y]];
+    first = args.tiles[2 * blockIdx.y + 1];
     count = min(R, (int)s.k_len - first);
     before = (int)s.k_len - (int)s.q_len;
-    kv_head = blockIdx.y;
+    kv_head = blockIdx.x;
     group = args.q_heads / args.kv_heads;
     int begin = max(0, first - before), end = (int)min((int64_t)s.q_len, (int64_t)first + count - 1 + args.window - before);
     tiles_begin = begin / n;
@@ -181,9 +182,16 @@ template <int R> struct KeyBlock {
     steps = tiles * group;
     row = (int64_t)(s.k_start + first) * args.kv_heads + kv_head;
   }
-  __device__ __forceinline__ int query(int step, int n) const { return (tiles_begin + step % tiles) * n; }
-  __device__ __forceinline__ int64_t query_row(const Args& args, int step, int n) const {
-    return (int64_t)(s.q_start + query(step, n)) * args.q_heads + kv_head * group + step / tiles;
+  // Of a step: which tile of queries, of which head of the group.
+  struct Place {
+    int tile = 0, head = 0;
+  };
+  __device__ __forceinline__ void advance(Place& place) const {
+    if (++place.tile == tiles) place.tile = 0, place.head++;
+  }
+  __device__ __forceinline__ int query(Place place, int n) const { return (tiles_begin + place.tile) * n; }
+  __device__ __forceinline__ int64_t query_row(const Args& args, Place place, int n) const {
+    return (int64_t)(s.q_start + query(place, n)) * args.q_heads + kv_head * group + place.head;
   }
   // Whether all of the queries [query, query + n) see every key.
   __device__ __forceinline__ bool all_see(const Args& args, int query, int n) const {
@@ -343,9 +351,11 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
   float* numbers = (float*)(memory + (2 * ROWS + 4 * N) * PITCH);  // lse and δ of the tile's queries, twice
   int warp_row = 16 * (threadIdx.x / 32), lane = threadIdx.x % 32;
   int64_t q_stride = (int64_t)args.q_heads * args.dim, kv_stride = (int64_t)args.kv_heads * args.dim;
+  typename KeyBlock<ROWS>::Place fetched, counted;
   auto fetch = [&](int step) {
-    int there = min(N, (int)block.s.q_len - block.query(step, N));
-    int64_t row = block.query_row(args, step, N);
+    int there = min(N, (int)block.s.q_len - block.query(fetched, N));
+    int64_t row = block.query_row(args, fetched, N);
+    block.advance(fetched);
     q(step).template fetch<N>((const T*)args.q + row * args.dim, q_stride, there, args.dim);
     g(step).template fetch<N>((const T*)args.g + row * args.dim, q_stride, there, args.dim);
     for (int i = threadIdx.x; i < N; i += TILE_THREADS) {
@@ -371,7 +381,8 @@ template <class T, int D, int N> __device__ __forceinline__ void backward_keys_t
     }
     __syncthreads();
     const float *lse = numbers + (step % 2) * 2 * N, *delta = lse + N;
-    int query = block.query(step, N);
+    int query = block.query(counted, N);
+    block.advance(counted);
     float p[N / 8][4], dp[N / 8][4];
     products<T, D, N>(p, k, warp_row, q(step));
     bool whole = block.all_see(args, query, N);
