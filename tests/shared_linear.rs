@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use common::{assert_close, f64s, random};
 use metal_candle::backend::custom_ops::fused_lora::{self, Sink};
-use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part, backward_shared, forward_shared};
+use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part, backward_shared, forward_add, forward_shared};
 use metal_candle::backend::dropout::Dropout;
 use metal_candle::backend::reference::{self, fused_lora::Problem};
 
@@ -98,6 +98,10 @@ impl Case {
             let (dx, da, db) = reference::lora_linear::backward(&problem, &f64s(w), &f64s(g));
             want_dx.iter_mut().zip(dx).for_each(|(to, dx)| *to += dx);
             assert_close(&format!("{what}: y"), y, &want_y);
+            let residual = on(&[m, n], self.dtype, 60);
+            let (with_residual, _) = forward_add(&x, &linear.part(), &residual).unwrap();
+            let want: Vec<f64> = want_y.iter().zip(f64s(&residual)).map(|(y, residual)| y + residual).collect();
+            assert_close(&format!("{what}: y with a residual"), &with_residual, &want);
             assert_close(&format!("{what}: h"), h.as_ref().unwrap(), &want_h);
             assert_close(&format!("{what}: dA"), &grads[i].0, &da);
             assert_close(&format!("{what}: dB"), &grads[i].1, &db);

@@ -105,15 +105,13 @@ impl Block {
 
         let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, self.attention_args(pass))?;
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
-        let [(attended, ho)] = linear::forward([&self.o], &flat, pass.round)?;
-        let (m, post, _) = rms_norm::forward_add(&attended, x, &self.post_norm.value, eps)?;
-        drop(attended);
+        let (m, ho) = linear::forward_add(&self.o, &flat, x, pass.round)?;
+        let (post, _) = rms_norm::forward(&m, &self.post_norm.value, eps)?;
 
         let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post, pass.round)?;
         drop(post);
-        let [(down, hdown)] =
-            linear::forward([&self.down], &swiglu::forward(&gate, &up, Activation::Silu)?, pass.round)?;
-        let y = down.add(&m)?;
+        let act = swiglu::forward(&gate, &up, Activation::Silu)?;
+        let (y, hdown) = linear::forward_add(&self.down, &act, &m, pass.round)?;
         let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
         Ok((y, Saved { x: x.clone(), q, k, v, o, lse, m, gate, up, h }))
     }

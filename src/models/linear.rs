@@ -107,6 +107,16 @@ pub fn forward<const N: usize>(
     Ok(all)
 }
 
+/// [`forward`] of one linear, with a residual of the output's shape added to it.
+pub fn forward_add(
+    linear: &Linear,
+    x: &Tensor,
+    residual: &Tensor,
+    round: Option<DropoutRound>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    lora_linear::forward_add(x, &linear.part(round), residual)
+}
+
 /// Adds the gradients of the trained parameters to their buffers and, with `input_gradient`, returns the input's.
 pub fn backward<const N: usize>(
     linears: [&Linear; N],

@@ -72,6 +72,8 @@ pub struct Sizes {
     blocks: usize,
     /// Σ r over the adapters of a block.
     ranks: usize,
+    /// Bytes of a logit and its gradient on a GPU.
+    logit: usize,
 }
 
 impl Sizes {
@@ -98,7 +100,8 @@ impl Sizes {
             }
         };
         let (config, cpu) = (config.clone(), device.is_cpu());
-        Ok(Self { config, element, cpu, weights, trained, blocks, ranks })
+        let logit = if halves_logits(dtype, device) { 2 } else { 4 + element };
+        Ok(Self { config, element, cpu, weights, trained, blocks, ranks, logit })
     }
 
     /// What a run takes whose largest pass is `work`.
@@ -183,8 +186,18 @@ impl Sizes {
             return tokens * (2 * row + 4 * hidden_size) + chunk * (vocab_size * (4 + narrow) + 8 * hidden_size);
         }
         let gathered = if counted == tokens { 0 } else { 2 * counted * row };
-        3 * tokens * row + gathered + chunk * vocab_size * (4 + self.element)
+        3 * tokens * row + gathered + chunk * vocab_size * self.logit
     }
+}
+
+/// Whether the loss keeps logits in 16 bits and their gradient in the same place.
+fn halves_logits(dtype: DType, device: &Device) -> bool {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() && dtype == DType::BF16 {
+        return crate::backend::cuda::shared_linear::available(0).unwrap_or(false);
+    }
+    let _ = (dtype, device);
+    false
 }
 
 fn layer_of(path: &str) -> Option<usize> {

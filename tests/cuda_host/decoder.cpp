@@ -151,16 +151,21 @@ template <class T, class W, int N> void check_rms_norm(int m, int n, int warps, 
   judge("rms_norm dweight", dweight.get(), want_dweight, limit<T>(), dweight.intact() && parts.intact());
 }
 
-template <class T> void check_cross_entropy(int rows, int vocab, int warps) {
-  Array<float> logits(rows * vocab), losses(rows, false);
+// Logits of type Z; `in_place`: P takes their place.
+template <class Z, class T, int N> void check_cross_entropy(int rows, int vocab, int warps, bool in_place = false) {
+  Array<Z> logits(rows * vocab);
+  Array<float> losses(rows, false);
   Array<T> p(rows * vocab, false);
   float scale = 0.25;
   std::vector<uint32_t> targets;
   for (int row = 0; row < rows; row++) targets.push_back(row * 31 % vocab);
-  for (int i = 0; i < rows * vocab; i++) logits.data()[i] *= 20;
+  for (int i = 0; i < rows * vocab; i++) logits.data()[i] = elements::narrow<Z>(20 * elements::widen(logits.data()[i]));
   Doubles z = logits.get(), want_losses, want_p;
   cross_entropy::Args args = {logits.data(), targets.data(), losses.data(), p.data(), vocab, scale};
-  launch({rows}, 32 * warps, 0, warps % 2, [&](unsigned char*) { cross_entropy::rows<T>(args); });
+  Array<Z> before = logits;
+  if (in_place) args.p = logits.data();
+  launch({rows}, 32 * warps, 0, warps % 2, [&](unsigned char*) { cross_entropy::rows<Z, T, N>(args); });
+  if (in_place) memcpy(p.data(), logits.data(), sizeof(T) * rows * vocab), memcpy(logits.data(), before.data(), sizeof(Z) * rows * vocab);
   for (int row = 0; row < rows; row++) {
     double sum = 0;
     for (int i = 0; i < vocab; i++) sum += exp(z[row * vocab + i]);
@@ -169,9 +174,9 @@ template <class T> void check_cross_entropy(int rows, int vocab, int warps) {
   }
   compare("cross_entropy loss", losses, want_losses), compare("cross_entropy P", p, want_p);
   // A NaN beside the target makes the loss NaN; the other rows' stay.
-  logits.data()[(targets[0] + 1) % vocab] = NAN;
+  logits.data()[(targets[0] + 1) % vocab] = elements::narrow<Z>(NAN);
   args.p = nullptr;
-  launch({rows}, 32 * warps, 0, false, [&](unsigned char*) { cross_entropy::rows<T>(args); });
+  launch({rows}, 32 * warps, 0, false, [&](unsigned char*) { cross_entropy::rows<Z, T, N>(args); });
   bool lost = !std::isnan(losses.data()[0]);
   losses.data()[0] = want_losses[0];
   compare("cross_entropy loss, without P", losses, want_losses);
@@ -227,11 +232,12 @@ template <class T> void types() {
     check_rms_norm<T, T, 8>(4, 136, 3, residual), check_rms_norm<T, T, 1>(7, 9, 1, residual);
   }
   check_embedding<T, 1>(43), check_embedding<T, 8>(296);
-  check_cross_entropy<T>(3, 211, 3), check_cross_entropy<T>(2, 5, 2);
+  check_cross_entropy<float, T, 1>(3, 211, 3), check_cross_entropy<float, T, 1>(2, 5, 2);
 }
 
 int main() {
   types<float>(), types<F16>(), types<Bf16>();
+  check_cross_entropy<F16, Bf16, 8>(3, 1208, 3, true), check_cross_entropy<F16, Bf16, 8>(2, 40, 2, true);
   check_adamw(301), check_adamw(7);
   printf("%d comparisons, %d failed\n", cases, failures);
   return failures != 0;

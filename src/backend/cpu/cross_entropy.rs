@@ -34,7 +34,7 @@ pub struct Problem<'a> {
 impl Problem<'_> {
     /// The summed loss.
     pub fn loss(&self) -> f64 {
-        self.chunks(0.0, |_, _, _| ())
+        self.chunks(0.0, false, |_, _, _| ())
     }
 
     /// The summed loss and `dhidden = scale · ∂loss/∂hidden`, `[T, n]`, zero in rows that are not counted; `dhead` +=.
@@ -42,7 +42,7 @@ impl Problem<'_> {
         let Self { n, head, .. } = *self;
         let vocab = head.len() / n;
         let mut dhidden = vec![0.0; self.hidden.len()];
-        let loss = self.chunks(scale, |rows, x, z| {
+        let loss = self.chunks(scale, dhead.is_none(), |rows, x, z| {
             let mut dx = vec![0.0; x.len()];
             linear::input_gradient(&z, &head, &mut dx, rows.len(), n, vocab);
             for (row, dx) in rows.iter().zip(dx.chunks_exact(n)) {
@@ -56,7 +56,7 @@ impl Problem<'_> {
     }
 
     /// Calls `use_chunk(rows, their x, scale · (softmax - onehot))` for each chunk; returns the loss.
-    fn chunks(&self, scale: f32, mut use_chunk: impl FnMut(&[usize], Floats, Floats)) -> f64 {
+    fn chunks(&self, scale: f32, round: bool, mut use_chunk: impl FnMut(&[usize], Floats, Floats)) -> f64 {
         let Self { hidden, head, n, targets, counted } = *self;
         if counted.is_empty() {
             return 0.0;
@@ -64,14 +64,14 @@ impl Problem<'_> {
         let vocab = head.len() / n;
         let size = chunk_rows(counted.len(), vocab, true);
         let mut z = vec![0.0; size * vocab];
-        // Where the products are of bf16, z is rounded to it for the gradient; x is bf16 as it lies.
+        // Where the products are of bf16, z is rounded to it for the gradient of hidden alone (dhead's buffer is f32); x is bf16 as it lies.
         let (mut x16, mut z16) = (Vec::new(), Vec::new());
         if let (Floats::BF16(_), Floats::BF16(_)) = (hidden, head)
             && bf16_product::takes(n)
             && bf16_product::takes(vocab)
         {
             x16.resize(size * n, bf16::ZERO);
-            z16.resize(if scale == 0.0 { 0 } else { size * vocab }, bf16::ZERO);
+            z16.resize(if round { size * vocab } else { 0 }, bf16::ZERO);
         }
         let mut x = vec![0.0; if x16.is_empty() { size * n } else { 0 }];
         let mut sum = 0.0;

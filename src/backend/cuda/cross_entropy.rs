@@ -1,10 +1,11 @@
 //! Cross entropy with the output projection on CUDA: `cross_entropy.cuh` and products of chunks of rows. Shapes, dtypes and targets were
 //! checked by `custom_ops::cross_entropy`.
 
+use candle_core::cuda_backend::cudarc::driver::CudaSlice;
 use candle_core::{DType, Tensor};
 
-use super::device::{Gpu, Held, View, address, cuda_device, empty, scratch, tensor, typed, uninit};
-use super::{adamw, embedding, linear};
+use super::device::{Gpu, Held, Kernel, Module, View, address, cuda_device, empty, scratch, tensor, typed, uninit};
+use super::{adamw, embedding, linear, shared_linear};
 use crate::Result;
 use crate::backend::custom_ops::cross_entropy::{Pending, chunk_rows};
 
@@ -62,31 +63,51 @@ pub fn run(
         (None, _) => None,
     };
     let chunk = chunk_rows(counted.len(), vocab, false);
-    let logits = scratch(device, chunk * vocab)?;
+    // f16 where our own product makes it, with P in its place; else f32.
+    let both = gathered.dtype() == DType::BF16 && head.dtype() == DType::BF16;
+    let half = match both && gpu.hopper && vocab.is_multiple_of(8) {
+        true => Some(tensor(uninit(device, &(chunk, vocab).into(), DType::BF16)?, (chunk, vocab))),
+        false => None,
+    };
+    let half_ptr = Held::option(OP, "logits", half.as_ref())?.map_or(0, |half| half.view.ptr);
+    let mut wide = None;
     for start in (0..counted.len()).step_by(chunk) {
         let count = chunk.min(counted.len() - start);
         let x = gathered.narrow(0, start, count)?;
-        let logits = View { ptr: address(&logits, &stream), dtype: DType::F32 };
-        linear::logits(&x, head, logits, [count, width, vocab])?;
-        let p = match scale {
-            Some(_) => Some(tensor(uninit(device, &(count, vocab).into(), hidden.dtype())?, (count, vocab))),
-            None => None,
-        };
-        let args = Args {
-            logits: logits.ptr,
+        let sizes = [count, width, vocab];
+        let (from, factor) = (Held::of(OP, "hidden", &x)?.view, Held::of(OP, "head", head)?.view);
+        let taken = half.is_some() && shared_linear::logits(device, from, factor, half_ptr, sizes)?;
+        let mut args = Args {
+            logits: half_ptr,
             targets: address(&wanted, &stream) + 4 * start as u64,
             losses: losses_ptr + 4 * start as u64,
-            p: Held::option(OP, "p", p.as_ref())?.map_or(0, |p| p.view.ptr),
+            p: 0,
             vocab: vocab as i64,
             scale: scale.unwrap_or(0.0),
         };
-        let kernel = typed!(Decoder, "cross_entropy", hidden.dtype());
+        let p = match (scale, &half) {
+            (None, _) => None,
+            (Some(_), Some(half)) if taken => Some(half.narrow(0, 0, count)?),
+            (Some(_), _) => Some(tensor(uninit(device, &(count, vocab).into(), hidden.dtype())?, (count, vocab))),
+        };
+        args.p = Held::option(OP, "p", p.as_ref())?.map_or(0, |p| p.view.ptr);
+        let kernel = if taken {
+            Kernel::Named(Module::Decoder, "cross_entropy_half")
+        } else {
+            let wide: &CudaSlice<f32> = match &mut wide {
+                Some(wide) => wide,
+                none => none.insert(scratch(device, chunk * vocab)?),
+            };
+            args.logits = address(wide, &stream);
+            linear::logits(&x, head, View { ptr: args.logits, dtype: DType::F32 }, sizes)?;
+            typed!(Decoder, "cross_entropy", hidden.dtype())
+        };
         // SAFETY: `Args` mirrors the kernel's; logits and P have `count` rows of the vocabulary; memory is of this stream.
         unsafe { gpu.launch(kernel, [count, 1], 16, 0, &stream, &args)? };
         if let (Some(p), Some(d)) = (&p, &d_gathered) {
-            linear::input_gradient(head, p, &d.narrow(0, start, count)?, false, [count, width, vocab])?;
+            linear::input_gradient(head, p, &d.narrow(0, start, count)?, false, sizes)?;
             if dhead.is_some() {
-                linear::backward(&x, head, p, None, dhead, None, [count, width, vocab])?;
+                linear::backward(&x, head, p, None, dhead, None, sizes)?;
             }
         }
     }

@@ -29,7 +29,7 @@ typedef float F32;
   NORM(t, f32, T, F32, 8)                                                                    \
   KERNEL(rms_norm_weight_##t, rms_norm::BackwardArgs, (rms_norm::weight_parts<T>))            \
   KERNEL(embedding_backward_##t, embedding::BackwardArgs, (embedding::backward<T>))          \
-  KERNEL(cross_entropy_##t, cross_entropy::Args, (cross_entropy::rows<T>))
+  KERNEL(cross_entropy_##t, cross_entropy::Args, (cross_entropy::rows<float, T, 1>))
 
 TYPE(f32, F32)
 TYPE(f16, F16)
@@ -38,6 +38,7 @@ NORM(f16, f16, F16, F16, 1)
 NORM(f16, f16, F16, F16, 8)
 NORM(bf16, bf16, Bf16, Bf16, 1)
 NORM(bf16, bf16, Bf16, Bf16, 8)
+KERNEL(cross_entropy_half, cross_entropy::Args, (cross_entropy::rows<F16, Bf16, 8>))
 KERNEL(rms_norm_weight_sum, rms_norm::SumArgs, rms_norm::weight_sum)
 KERNEL(adamw_step, adamw::Args, adamw::step)
 KERNEL(sum_f64, adamw::SumArgs, adamw::sum)

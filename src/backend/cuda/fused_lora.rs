@@ -72,7 +72,7 @@ pub(super) fn storage_delta(
     if size.m > 0 && size.r > FEW_RANKS && dropout.is_none() {
         let adapter = AdapterViews { a, b, r: size.r, s, dropout };
         let part = PartViews { w: None, bias: None, n: size.n, adapter: Some(adapter) };
-        if let Some(mut all) = shared_linear::storage_forward_into(device, x, size.m, size.k, &[part], h)?
+        if let Some(mut all) = shared_linear::storage_forward_into(device, x, size.m, size.k, &[part], h, None)?
             && let Some((y, _)) = all.pop()
         {
             return Ok(y);

@@ -76,11 +76,14 @@ pub struct Segment {
     pub adapter: bool,
 }
 
-/// `to (+)= Σ segments + bias`. Adapters come last.
+/// `to = Σ segments + bias + added`. Adapters come last.
 #[derive(Debug, Clone)]
 pub struct Output {
     pub to: Matrix,
-    pub add: bool,
+    /// Whether it is f16.
+    pub half: bool,
+    /// Of the output's shape, bf16; 0: none. It may be the output itself.
+    pub added: u64,
     pub bias: u64,
     pub segments: Vec<Segment>,
 }
@@ -103,9 +106,9 @@ struct OutputArgs {
     columns: i32,
     column_tiles: i32,
     first_tile: i32,
-    add: i32,
+    half: i32,
     bias: u64,
-    data: u64,
+    added: u64,
 }
 
 #[repr(C)]
@@ -287,9 +290,9 @@ impl Hopper<'_> {
                 columns: output.to.columns as i32,
                 column_tiles: output.to.columns.div_ceil(256) as i32,
                 first_tile: args.tiles,
-                add: output.add as i32,
+                half: output.half as i32,
                 bias: output.bias,
-                data: output.to.ptr,
+                added: output.added,
             };
             for Segment { left, right, adapter } in &output.segments {
                 let known = lefts.iter().find(|(ptr, _)| *ptr == left.ptr).map(|(_, map)| *map);

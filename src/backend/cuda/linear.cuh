@@ -1,9 +1,9 @@
 // The linears of one input with their adapters, on the tensor cores of Hopper (compute capability 9.0a):
 //
-//   forward   y_j = x W_jᵀ + bias_j + (s_j h_j) B_j     for up to three linears j, with h_j = x A_j
+//   forward   y_j = x W_jᵀ + bias_j + (s_j h_j) B_j     for up to three linears j, with h_j = x A_j; also + a residual
 //   backward  dx (+)= Σ_j g_j W_j + Σ_j u_j A_jᵀ        with u_j = s_j g_j B_jᵀ
 //
-// Shapes: x [m, k], W_j [n_j, k], A_j [k, r_j], B_j [r_j, n_j]; x, W, y, g, dx bf16, sums f32. k and n_j are multiples of 8.
+// Shapes: x [m, k], W_j [n_j, k], A_j [k, r_j], B_j [r_j, n_j]; x, W, y, g, dx bf16 (y also f16, for logits), sums f32. k and n_j are multiples of 8.
 //
 // Both are sums of products over segments of the inner dimension in one accumulator. The adapters are the last segment: 64 columns
 // more of the inner dimension for r up to 21 (32 for bf16 adapters), and no pass over y or dx. Its factors are bf16 terms
@@ -39,9 +39,9 @@ struct Output {
   int first_segment, segments;
   int columns, column_tiles;
   int first_tile;         // in clusters, over all outputs
-  int add;
+  int half;               // the output is f16
   const uint16_t* bias;   // null: none
-  uint16_t* data;         // what is added to
+  const uint16_t* added;  // as the output; null: none
 };
 
 struct Args {
@@ -67,7 +67,7 @@ __device__ __forceinline__ Place place(const Args& args, int tile) {
   return {output, group * GROUP + inside % height, inside / height};
 }
 
-// bias and what was there before, into the accumulators of 64 x 256.
+// bias and what is added, into the accumulators of 64 x 256.
 __device__ __forceinline__ void add_memory(const Args& args, const Output& to, float (&d)[128], int64_t row, int column) {
   int thread = threadIdx.x % 128, lane = thread % 32;
 #pragma unroll
@@ -78,20 +78,22 @@ __device__ __forceinline__ void add_memory(const Args& args, const Output& to, f
       float low = bf16_value(to.bias[c]), high = bf16_value(to.bias[c + 1]);
       d[4 * j] += low, d[4 * j + 1] += high, d[4 * j + 2] += low, d[4 * j + 3] += high;
     }
-    if (!to.add) continue;
+    if (!to.added) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int64_t r = row + 16 * (thread / 32) + lane / 4 + 8 * half;
       if (r >= args.rows) continue;
-      uint32_t pair = *(const uint32_t*)(to.data + r * to.columns + c);
+      uint32_t pair = *(const uint32_t*)(to.added + r * to.columns + c);
       d[4 * j + 2 * half] += __uint_as_float(pair << 16), d[4 * j + 2 * half + 1] += __uint_as_float(pair & 0xffff0000u);
     }
   }
 }
 
 // Rounds the accumulators of 64 x 256 and sends them off, CHUNKS chunks at a time.
-__device__ __forceinline__ void store(const CUtensorMap* map, const float (&d)[128], uint32_t staging, int columns, int row, int column, int consumer) {
+__device__ __forceinline__ void store(const CUtensorMap* map, const float (&d)[128], uint32_t staging, const Output& output, int row, int column, int consumer) {
   int thread = threadIdx.x % 128, lane = thread % 32, r = 16 * (thread / 32) + lane % 16;
+  bool half = output.half;
+  auto two = [&](float low, float high) { return half ? to_f16x2(low, high) : to_bf16x2(low, high); };
 #pragma unroll
   for (int round = 0; round < 4 / CHUNKS; round++) {
     if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -100,14 +102,14 @@ __device__ __forceinline__ void store(const CUtensorMap* map, const float (&d)[1
     for (int j = 0; j < 8 * CHUNKS; j += 2) {
       const float* v = d + 4 * (8 * CHUNKS * round + j);
       int piece = (j % 8 + lane / 16) ^ (r & 7);
-      store_matrices(staging + j / 8 * CHUNK_BYTES + r * 128 + piece * 16, to_bf16x2(v[0], v[1]), to_bf16x2(v[2], v[3]), to_bf16x2(v[4], v[5]), to_bf16x2(v[6], v[7]));
+      store_matrices(staging + j / 8 * CHUNK_BYTES + r * 128 + piece * 16, two(v[0], v[1]), two(v[2], v[3]), two(v[4], v[5]), two(v[6], v[7]));
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(1 + consumer) : "memory");
     if (thread == 0) {
       for (int j = 0; j < CHUNKS; j++) {
         int c = column + 64 * (CHUNKS * round + j);
-        if (c < columns) store_tile(map, staging + j * CHUNK_BYTES, c, row);
+        if (c < output.columns) store_tile(map, staging + j * CHUNK_BYTES, c, row);
       }
       asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     }
@@ -186,8 +188,8 @@ template <bool RIGHT_ROWS> __device__ __forceinline__ void consume(const Args& a
     for (int i = 0; i < 128; i++) d[i] = 0.f;
     accumulate<RIGHT_ROWS>(d, base, tiles, barriers, ring);
     if (adapter) accumulate<true>(d, adapter, tiles, barriers, ring);
-    if (to.bias || to.add) add_memory(args, to, d, row, at.column * TILE_N);
-    store(&args.maps[to.map], d, staging, to.columns, row, at.column * TILE_N, consumer);
+    if (to.bias || to.added) add_memory(args, to, d, row, at.column * TILE_N);
+    store(&args.maps[to.map], d, staging, to, row, at.column * TILE_N, consumer);
   }
   if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

@@ -122,10 +122,10 @@ pub(super) fn storage_forward(
     k: usize,
     parts: &[PartViews],
 ) -> Result<Option<Made>> {
-    storage_forward_into(device, x, m, k, parts, None)
+    storage_forward_into(device, x, m, k, parts, None, None)
 }
 
-/// [`storage_forward`] of one part, whose h goes to `h_to` where that is given.
+/// [`storage_forward`] of one part, whose h goes to `h_to` where that is given, and to whose y `residual` `[m, n]` is added.
 pub(super) fn storage_forward_into(
     device: &CudaDevice,
     x: View,
@@ -133,7 +133,11 @@ pub(super) fn storage_forward_into(
     k: usize,
     parts: &[PartViews],
     h_to: Option<View>,
+    residual: Option<View>,
 ) -> Result<Option<Made>> {
+    if residual.is_some_and(|residual| residual.dtype != DType::BF16) {
+        return Ok(None);
+    }
     let Some(call) = Call::of(device, x, m, k, parts)? else { return Ok(None) };
     let stream = device.cuda_stream();
     let hopper = Hopper { gpu: call.gpu, stream: &stream };
@@ -150,7 +154,8 @@ pub(super) fn storage_forward_into(
         }
         let to = View::of(OP, "y", &y, &Layout::contiguous((m, part.n)))?;
         let bias = part.bias.map_or(0, |bias| bias.ptr);
-        outputs.push(Output { to: Matrix::of(to, m, part.n), add: false, bias, segments });
+        let added = residual.map_or(0, |residual| residual.ptr);
+        outputs.push(Output { to: Matrix::of(to, m, part.n), half: false, added, bias, segments });
         all_y.push(y);
     }
     hopper.linear(false, m, &outputs)?;
@@ -162,11 +167,23 @@ type Outputs = Vec<(Tensor, Option<Tensor>)>;
 
 /// `(y, h)` of each, or `None` where these kernels don't take the call.
 pub fn forward(x: &Tensor, parts: &[Part]) -> Result<Option<Outputs>> {
+    forward_with(x, parts, None)
+}
+
+/// [`forward`] of one part, with a residual `[.., n]` added to its y before it is rounded.
+pub fn forward_add(x: &Tensor, part: &Part, residual: &Tensor) -> Result<Option<(Tensor, Option<Tensor>)>> {
+    Ok(forward_with(x, std::slice::from_ref(part), Some(residual))?.and_then(|mut all| all.pop()))
+}
+
+fn forward_with(x: &Tensor, parts: &[Part], residual: Option<&Tensor>) -> Result<Option<Outputs>> {
     let (x, owned) = (x.contiguous()?, Owned::of(parts)?);
+    let residual = residual.map(Tensor::contiguous).transpose()?;
+    let residual = Held::option(OP, "residual", residual.as_ref())?.map(|residual| residual.view);
     let k = x.dims().last().copied().unwrap_or(1);
     let m = x.elem_count() / k.max(1);
     let view = Held::of(OP, "x", &x)?.view;
-    let Some(all) = storage_forward(cuda_device(OP, &x)?, view, m, k, &owned.views()?)? else { return Ok(None) };
+    let device = cuda_device(OP, &x)?;
+    let Some(all) = storage_forward_into(device, view, m, k, &owned.views()?, None, residual)? else { return Ok(None) };
     let shaped = all.into_iter().zip(parts).map(|((y, h), part)| (tensor(y, with_last(&x, part.w.dims()[0])), h));
     Ok(Some(shaped.collect()))
 }
@@ -355,7 +372,8 @@ pub(super) fn backward_views(x: &Tensor, views: &[PartViews], wanted: &Wanted) -
         if let Some((u_terms, a_terms)) = &terms {
             segments.push(Segment { left: held(u_terms)?, right: held(a_terms)?, adapter: true });
         }
-        hopper.linear(true, m, &[Output { to: Matrix::of(dx, m, k), add, bias: 0, segments }])?;
+        let (to, added) = (Matrix::of(dx, m, k), if add { dx.ptr } else { 0 });
+        hopper.linear(true, m, &[Output { to, half: false, added, bias: 0, segments }])?;
     }
     Ok(true)
 }
@@ -376,7 +394,24 @@ pub(super) fn input_gradient(
     };
     let hopper = Hopper { gpu: call.gpu, stream: &device.cuda_stream() };
     let segments = vec![Segment { left: Matrix::of(g, m, n), right: Matrix::of(w, n, k), adapter: false }];
-    hopper.linear(true, m, &[Output { to: Matrix::of(dx, m, k), add, bias: 0, segments }])?;
+    let (to, added) = (Matrix::of(dx, m, k), if add { dx.ptr } else { 0 });
+    hopper.linear(true, m, &[Output { to, half: false, added, bias: 0, segments }])?;
+    Ok(true)
+}
+
+/// `to = x Wᵀ` in f16, or false where these kernels don't take it.
+pub(super) fn logits(device: &CudaDevice, x: View, w: View, to: u64, [m, k, n]: [usize; 3]) -> Result<bool> {
+    let gpu = Gpu::of(device)?;
+    let bf16 = |view: View| view.dtype == DType::BF16 && view.aligned();
+    let tiles = m.div_ceil(256) * n.div_ceil(256);
+    let regular = k.is_multiple_of(8) && n.is_multiple_of(8) && m <= MOST_ROWS && to.is_multiple_of(16);
+    if !(gpu.hopper && bf16(x) && bf16(w) && regular && tiles * 3 >= gpu.sms) {
+        return Ok(false);
+    }
+    let hopper = Hopper { gpu, stream: &device.cuda_stream() };
+    let segments = vec![Segment { left: Matrix::of(x, m, k), right: Matrix::of(w, n, k), adapter: false }];
+    let to = Matrix { ptr: to, rows: m, columns: n };
+    hopper.linear(false, m, &[Output { to, half: true, added: 0, bias: 0, segments }])?;
     Ok(true)
 }
 

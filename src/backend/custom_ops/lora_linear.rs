@@ -71,6 +71,26 @@ pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
     parts.iter().map(one).collect()
 }
 
+/// [`forward_shared`] of one linear, with a residual of y's shape and dtype added to y. On GPUs of compute capability 9.0 before y is rounded,
+/// elsewhere to the rounded y.
+///
+/// # Errors
+/// A wrong shape, dtype or device; the message names the tensor and both shapes.
+pub fn forward_add(x: &Tensor, part: &Part, residual: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    check_parts(x, std::slice::from_ref(part))?;
+    super::check::gradient(OP, "residual", residual, &with_last(x.dims(), part.w.dims()[0]), x)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device())
+        && x.elem_count() > 0
+        && let Some(made) = cuda::shared_linear::forward_add(x, part, residual)?
+    {
+        return Ok(made);
+    }
+    let mut made = forward_shared(x, std::slice::from_ref(part))?;
+    let Some((y, h)) = made.pop() else { unreachable!("one output for each linear") };
+    Ok((y.add(residual)?, h))
+}
+
 /// The gradients of [`forward_shared`]: those of A and B are added to `sinks`, one pair for each part; x's, of x's dtype and the sum over
 /// the parts, is returned where `input_gradient` asks for it. `h` and `g` have one entry for each part.
 ///
