@@ -11,6 +11,8 @@ use crate::Result;
 use crate::backend::cpu::{self, by_dtype, tensor, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 
 const OP: &str = "swiglu";
 
@@ -20,6 +22,10 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::takes(gate.device()) {
         return cuda::swiglu::forward(gate, up);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if gate.device().is_metal() {
+        return metal::swiglu::forward(gate, up);
     }
     on_cpu(OP, &[gate, up])?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
@@ -35,6 +41,10 @@ pub fn backward(gate: &Tensor, up: &Tensor, g: &Tensor) -> Result<(Tensor, Tenso
     #[cfg(feature = "cuda")]
     if cuda::takes(gate.device()) {
         return cuda::swiglu::backward(gate, up, g);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if gate.device().is_metal() {
+        return metal::swiglu::backward(gate, up, g);
     }
     on_cpu(OP, &[gate, up, g])?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
