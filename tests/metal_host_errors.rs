@@ -2,57 +2,186 @@
 #![cfg(unix)]
 #![allow(missing_docs)]
 
-#[path = "metal_host/case.rs"]
-mod case;
 mod common;
+#[path = "metal_host/decoder.rs"]
+mod decoder;
 #[path = "metal_host/harness.rs"]
 mod harness;
+#[path = "metal_host/lora.rs"]
+mod lora;
+#[path = "metal_host/run.rs"]
+mod run;
 
 use candle_core::DType;
-use case::{Case, Cases, ORDERS, bytes, values};
 use common::random;
-use harness::{Host, KERNELS, PLACES, Tensors, change};
-use metal_candle::backend::metal::plan::{Binding, Launch, Params, Plan, Slot};
+use harness::{Host, PLACES, Tensors, change};
+use lora::{Case, Cases};
+use metal_candle::backend::metal::plan::{Binding, Launch, Plan, Slot, Source};
+use run::{ORDERS, Run, bytes, values};
 
 /// The kernels for f32 alone: a planted error in a template shows there too, and they compile in a fraction of the time.
 fn f32_only(text: &str) -> String {
-    text.split("ADAPTER(f16, f32").next().unwrap().to_string()
+    let first = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\""].iter().filter_map(|other| text.find(other)).min();
+    text[..first.unwrap_or(text.len())].to_string()
 }
 
-/// Cases in which every loop of every kernel runs more than once, in few steps: k and n beyond what the simdgroups of a
-/// threadgroup cover at once, ranks of more than one block, several tiles and chunks of rows.
-fn sensitive_cases() -> Cases {
-    let f32s = |m, size| (format!("m {m}, {size:?}"), Case::new(m, size, DType::F32, DType::F32).with_dropout());
-    vec![f32s(2, [70, 9, 150]), f32s(130, [100, 35, 110]), f32s(2049, [75, 6, 70])]
+/// Cases in which every loop of every kernel runs more than once, in few steps.
+enum Sensitive {
+    Lora(Cases),
+    Runs(Vec<Run>),
 }
 
-/// Why `text` is not right; `None` if nothing was seen.
-fn seen(text: &str) -> Option<String> {
-    let host = Host::compile(&f32_only(text)).unwrap();
-    sensitive_cases().iter().find_map(|(what, case)| case.check(&host, what).err())
+impl Sensitive {
+    fn of(source: Source) -> Self {
+        match source {
+            Source::Lora => {
+                // k and n beyond what the simdgroups of a threadgroup cover at once, ranks of more than one block, several
+                // tiles and chunks of rows.
+                let f32s =
+                    |m, size| (format!("m {m}, {size:?}"), Case::new(m, size, DType::F32, DType::F32).with_dropout());
+                Self::Lora(vec![f32s(2, [70, 9, 150]), f32s(130, [100, 35, 110]), f32s(2049, [75, 6, 70])])
+            }
+            Source::Decoder => {
+                let mut runs = decoder::rms_norm(70, 300, DType::F32, DType::F32);
+                runs.extend(decoder::swiglu(1500, DType::F32));
+                runs.extend(decoder::rope(33, 3, 34, DType::F32));
+                runs.extend(decoder::embedding(9, 300, DType::F32));
+                Self::Runs(runs)
+            }
+            Source::Training => {
+                let mut runs = decoder::adamw(70_000);
+                runs.extend(decoder::cross_entropy(3, 700));
+                Self::Runs(runs)
+            }
+        }
+    }
+
+    /// Why `text` is not right; `None` if nothing was seen.
+    fn seen(&self, text: &str) -> Option<String> {
+        let host = Host::compile(&f32_only(text)).unwrap();
+        match self {
+            Self::Lora(cases) => cases.iter().find_map(|(what, case)| case.check(&host, what).err()),
+            Self::Runs(runs) => runs.iter().find_map(|run| run.check(&host).err()),
+        }
+    }
+}
+
+fn seen(source: Source, text: &str) -> Option<String> {
+    Sensitive::of(source).seen(text)
 }
 
 #[test]
 fn unchanged_kernels_pass_the_cases_that_find_errors() {
-    assert_eq!(seen(KERNELS), None);
+    for source in Source::ALL {
+        assert_eq!(seen(source, source.text()), None);
+    }
 }
 
-/// Each barrier alone, taken out.
-#[test]
-fn every_missing_barrier_is_seen() {
-    let places: Vec<usize> = KERNELS.match_indices("_barrier(mem_flags::mem_threadgroup);").map(|(at, _)| at).collect();
-    assert_eq!(places.len(), 15);
+/// Takes out each barrier of `source` alone.
+fn check_barriers(source: Source, count: usize) {
+    let (text, cases) = (source.text(), Sensitive::of(source));
+    let places: Vec<usize> = text.match_indices("_barrier(mem_flags::mem_threadgroup);").map(|(at, _)| at).collect();
+    assert_eq!(places.len(), count);
     let mut missed = Vec::new();
     for at in places {
-        let start = KERNELS[..at].rfind('\n').unwrap();
-        let end = at + KERNELS[at..].find('\n').unwrap();
-        let text = format!("{}{}", &KERNELS[..start], &KERNELS[end..]);
-        let line = KERNELS[..at].matches('\n').count() + 1;
-        if seen(&text).is_none() {
+        let start = text[..at].rfind('\n').unwrap();
+        let end = at + text[at..].find('\n').unwrap();
+        let changed = format!("{}{}", &text[..start], &text[end..]);
+        let line = text[..at].matches('\n').count() + 1;
+        if cases.seen(&changed).is_none() {
             missed.push(line);
         }
     }
-    assert!(missed.is_empty(), "nothing was seen of the missing barriers of lines {missed:?}");
+    assert!(missed.is_empty(), "{source:?}: nothing was seen of the missing barriers of lines {missed:?}");
+}
+
+#[test]
+fn every_missing_barrier_is_seen() {
+    check_barriers(Source::Lora, 15);
+}
+
+#[test]
+fn every_missing_barrier_of_the_decoder_is_seen() {
+    // The decoder's kernels use the sum alone.
+    let without_max = remove_function(Source::Decoder.text(), "METAL_FUNC float group_max");
+    assert_eq!(without_max.matches("_barrier(").count(), 1);
+    let changed = change(&without_max, "    threadgroup_barrier(mem_flags::mem_threadgroup);\n", "");
+    assert!(seen(Source::Decoder, &changed).is_some());
+    check_barriers(Source::Training, 2);
+}
+
+/// `text` without the function that begins with `start`.
+fn remove_function(text: &str, start: &str) -> String {
+    let at = text.find(start).unwrap();
+    let end = at + text[at..].find("\n}\n").unwrap() + 3;
+    format!("{}{}", &text[..at], &text[end..])
+}
+
+#[test]
+fn planted_errors_of_the_decoder_are_seen() {
+    let decoder = [
+        // Norm.
+        ("float(width) + params.eps", "float(width - 1) + params.eps"),
+        ("ulong start = ulong(row) * width;", "ulong start = ulong(row) * (width + 1);"),
+        (
+            "float(gradient[start + i]) * float(weight[i]) * float(x[start + i])",
+            "float(gradient[start + i]) * float(x[start + i])",
+        ),
+        ("- float(x[start + i]) * scale * mean", "- float(x[start + i]) * mean"),
+        ("T(float(input_gradient[start + i]) + scale * value)", "T(scale * value)"),
+        ("min((group.y + 1) * params.rows_per_part, params.rows)", "(group.y + 1) * params.rows_per_part"),
+        (
+            "uint row = group.y * params.rows_per_part; row < end",
+            "uint row = group.y * params.rows_per_part + 1; row < end",
+        ),
+        ("parts[ulong(group.y) * params.width + column] = sum;", "parts[column] = sum;"),
+        ("uint part = 0; part < params.parts", "uint part = 1; part < params.parts"),
+        ("sum[start + i] = rounded;", "sum[start + i] = x[start + i];"),
+        // SwiGLU.
+        ("(1.0f + z * (1.0f - sigmoid))", "(1.0f + z * sigmoid)"),
+        ("up_gradient[at] = T(g * A::value(z));", "up_gradient[at] = T(g * z);"),
+        ("(group * ELEMENTS + i) * threads(place)", "(group + i * ELEMENTS) * threads(place)"),
+        // Rope.
+        ("x[at] = T(first * c - second * s);", "x[at] = T(first * c + second * s);"),
+        ("positions[head / params.heads]", "positions[head % params.heads]"),
+        ("ulong(head) * 2 * params.half_size + column", "ulong(head) * params.half_size + column"),
+        ("params.sign * sines[angle]", "sines[angle]"),
+        ("if (pair < params.pairs)", "if (pair <= params.pairs)"),
+        // Embedding.
+        ("ulong read = ulong(ids[group.x]) * params.width;", "ulong read = ulong(group.x) * params.width;"),
+        ("ulong read = ulong(group.x) * params.width;", "ulong read = ulong(ids[group.x]) * params.width;"),
+        ("t < starts[group.x + 1]", "t <= starts[group.x]"),
+        ("ulong(tokens[t]) * params.width", "ulong(t) * params.width"),
+        ("float sum = table_gradient[write + i];", "float sum = 0.0f;"),
+    ];
+    check_planted(Source::Decoder, &decoder);
+    check_planted(
+        Source::Training,
+        &[
+            ("first + params.count;", "first + params.count - 1;"),
+            ("gradients[at] * params.gradient_scale", "gradients[at]"),
+            ("params.decay * block[at]", "block[at]"),
+            ("sqrt(v) / params.root_correction2", "sqrt(v)"),
+            ("params.one_minus_beta2 * g * g", "params.one_minus_beta2 * g"),
+            ("i += params.parts * threads(place)", "i += (params.parts - 1) * threads(place)"),
+            ("sum += shared[simdgroup];", "sum += shared[0];"),
+            ("shared[simdgroup] > most ?", "shared[simdgroup] < most ?"),
+            ("sum *= exp(most - value);", "sum *= exp(value - most);"),
+            ("most < largest ? sum * exp(most - largest) : sum", "sum"),
+            ("shared + simdgroups, place)", "shared, place)"),
+            ("float log_sum = largest + log(sum);", "float log_sum = log(sum);"),
+            ("if (i == target) {", "if (index == 0) {"),
+            ("params.scale * (exp(value - log_sum)", "(exp(value - log_sum)"),
+            ("ulong(group.x) * params.vocabulary", "group.x"),
+        ],
+    );
+}
+
+fn check_planted(source: Source, errors: &[(&str, &str)]) {
+    let cases = Sensitive::of(source);
+    for (from, to) in errors {
+        assert!(cases.seen(&change(source.text(), from, to)).is_some(), "nothing was seen of {to}");
+    }
 }
 
 /// Wrong indices, swapped dimensions, wrong constants: each shows as a wrong value, NaN, or an access out of bounds.
@@ -93,9 +222,7 @@ fn planted_errors_are_seen() {
         // Threadgroup memory that overlaps.
         ("return max(DEPTH * (ROWS + block_width(rank, 0)), ROWS * COLUMNS);", "return DEPTH * ROWS;"),
     ];
-    for (from, to) in errors {
-        assert!(seen(&change(KERNELS, from, to)).is_some(), "nothing was seen of {to}");
-    }
+    check_planted(Source::Lora, &errors);
 }
 
 /// A kernel `probe_NAME` for each body, which has x, y of 64 floats, 64 floats of threadgroup memory and two simdgroups.
@@ -116,9 +243,10 @@ fn probes(bodies: &[(&str, &str)]) -> String {
 
 fn run_probe(host: &Host, name: &str, change: impl Fn(&mut Launch)) -> Result<Vec<f64>, String> {
     let mut launch = Launch {
+        source: Source::Lora,
         kernel: name.to_string(),
         bindings: vec![Binding::Read(Slot::X), Binding::Write(Slot::Y)],
-        params: Params::default(),
+        params: Vec::new(),
         grid: [1, 1, 1],
         threads: 64,
         threadgroup_bytes: 256,
@@ -126,7 +254,7 @@ fn run_probe(host: &Host, name: &str, change: impl Fn(&mut Launch)) -> Result<Ve
     change(&mut launch);
     let x = random(&[64], DType::F32, 1);
     let tensors = Tensors { given: [(Slot::X, bytes(&x))].into(), made: [(Slot::Y, 256)].into() };
-    let plan = Plan { launches: vec![launch], scratch: Vec::new() };
+    let plan = Plan { launches: vec![launch], ..Plan::default() };
     Ok(values(&host.run(&plan, &tensors, ORDERS)?[&Slot::Y], DType::F32))
 }
 
