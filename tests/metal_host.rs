@@ -3,6 +3,8 @@
 #![cfg(unix)]
 #![allow(missing_docs)]
 
+#[path = "metal_host/attention.rs"]
+mod attention;
 mod common;
 #[path = "metal_host/decoder.rs"]
 mod decoder;
@@ -13,12 +15,14 @@ mod lora;
 #[path = "metal_host/run.rs"]
 mod run;
 
+use attention::Heads;
 use candle_core::DType;
 use common::FLOATS;
 use harness::{Host, PLACES, change};
 use lora::{Case, Cases, MIXES};
+use metal_candle::backend::custom_ops::attention::Sequence;
 use metal_candle::backend::metal::plan::{
-    Slot, Source, adamw, cross_entropy, embedding, fused_lora, rms_norm, rope, swiglu,
+    self as plans, Slot, Source, adamw, cross_entropy, embedding, fused_lora, rms_norm, rope, swiglu,
 };
 use run::{RAN, Run};
 
@@ -127,6 +131,34 @@ fn every_training_kernel_agrees_with_the_reference() {
     run_all(Source::Training, &runs, |host, run: &Run| run.check(host));
 }
 
+#[test]
+fn every_attention_kernel_agrees_with_the_reference() {
+    let mut runs = Vec::new();
+    for dtype in FLOATS {
+        // Every padded size, full and not; then all that a sequence may be.
+        for size in [10, 64, 80, 96, 128, 200, 256] {
+            let small = [Sequence { q_start: 1, q_len: 20, k_start: 2, k_len: 23 }];
+            runs.extend(attention::attention(&small, Heads { query: 2, key: 1, size }, Some(18), dtype));
+        }
+        for window in [None, Some(1), Some(6), Some(33)] {
+            runs.extend(attention::attention(&attention::mixed(), Heads { query: 6, key: 2, size: 12 }, window, dtype));
+        }
+        runs.extend(attention::attention(&[], Heads { query: 2, key: 1, size: 4 }, None, dtype));
+    }
+    let one = [Sequence { q_start: 0, q_len: 100, k_start: 0, k_len: 133 }];
+    for (size, window) in [(64, None), (256, Some(40))] {
+        runs.extend(attention::attention(&one, Heads { query: 2, key: 2, size }, window, DType::F32));
+    }
+    // Keys that two sequences share.
+    let shared = [
+        Sequence { q_start: 0, q_len: 17, k_start: 0, k_len: 17 },
+        Sequence { q_start: 17, q_len: 5, k_start: 3, k_len: 20 },
+    ];
+    runs.extend(attention::attention(&shared, Heads { query: 2, key: 1, size: 8 }, None, DType::F32));
+    runs.push(attention::large_scores());
+    run_all(Source::Attention, &runs, |host, run: &Run| run.check(host));
+}
+
 /// Rust's parameters and the shader's are the same bytes.
 #[test]
 fn parameters_have_one_layout() {
@@ -145,6 +177,7 @@ fn parameters_have_one_layout() {
         Training "AdamWParams" adamw::Params;
         Training "SquaresParams" adamw::SquaresParams;
         Training "CrossEntropyParams" cross_entropy::Params;
+        Attention "AttentionParams" plans::attention::Params;
     }
     let (text, layout) = (Source::Lora.text(), fused_lora::Params::LAYOUT);
     let check = |text: &str| harness::check_layout(text, "LoraParams", size_of::<fused_lora::Params>(), layout);
@@ -157,7 +190,7 @@ fn parameters_have_one_layout() {
 /// `host.cpp` hands over arguments by their place, the GPU by their attributes: both must mean the same.
 #[test]
 fn attributes_are_in_order() {
-    for (source, kernels) in [(Source::Lora, 8), (Source::Decoder, 11), (Source::Training, 3)] {
+    for (source, kernels) in [(Source::Lora, 8), (Source::Decoder, 11), (Source::Training, 3), (Source::Attention, 3)] {
         let signatures = harness::signatures(source.text());
         assert_eq!(signatures.len(), kernels, "{source:?}");
         for (kernel, attributes) in &signatures {

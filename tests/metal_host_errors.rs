@@ -2,6 +2,8 @@
 #![cfg(unix)]
 #![allow(missing_docs)]
 
+#[path = "metal_host/attention.rs"]
+mod attention;
 mod common;
 #[path = "metal_host/decoder.rs"]
 mod decoder;
@@ -12,17 +14,25 @@ mod lora;
 #[path = "metal_host/run.rs"]
 mod run;
 
+use std::ops::Range;
+
+use attention::Heads;
 use candle_core::DType;
 use common::random;
 use harness::{Host, PLACES, Tensors, change};
 use lora::{Case, Cases};
+use metal_candle::backend::custom_ops::attention::Sequence;
 use metal_candle::backend::metal::plan::{Binding, Launch, Plan, Slot, Source};
 use run::{ORDERS, Run, bytes, values};
 
 /// The kernels for f32 alone: a planted error in a template shows there too, and they compile in a fraction of the time.
 fn f32_only(text: &str) -> String {
-    let first = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\""].iter().filter_map(|other| text.find(other)).min();
-    text[..first.unwrap_or(text.len())].to_string()
+    let others = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\"", "ATTENTION(\"_f16\""];
+    let first = others.iter().filter_map(|other| text.find(other)).min().unwrap_or(text.len());
+    // Of attention, the smallest size and the one that is summed in two parts.
+    let kept =
+        |line: &&str| !["64", "96", "128"].iter().any(|size| line.trim().starts_with(&format!("SIZES(\"{size}\"")));
+    text[..first].lines().filter(kept).map(|line| format!("{line}\n")).collect()
 }
 
 /// Cases in which every loop of every kernel runs more than once, in few steps.
@@ -53,6 +63,14 @@ impl Sensitive {
                 runs.extend(decoder::cross_entropy(3, 700));
                 Self::Runs(runs)
             }
+            Source::Attention => {
+                let heads = Heads { query: 4, key: 2, size: 30 };
+                let mut runs = attention::attention(&attention::mixed(), heads, Some(19), DType::F32);
+                let one = [Sequence { q_start: 0, q_len: 20, k_start: 0, k_len: 20 }];
+                runs.extend(attention::attention(&one, Heads { query: 1, key: 1, size: 250 }, None, DType::F32));
+                runs.push(attention::large_scores());
+                Self::Runs(runs)
+            }
         }
     }
 
@@ -77,13 +95,13 @@ fn unchanged_kernels_pass_the_cases_that_find_errors() {
     }
 }
 
-/// Takes out each barrier of `source` alone.
-fn check_barriers(source: Source, count: usize) {
+/// Takes out each of the barriers `which` of `source` alone; there are `count`.
+fn check_barriers(source: Source, count: usize, which: Range<usize>) {
     let (text, cases) = (source.text(), Sensitive::of(source));
     let places: Vec<usize> = text.match_indices("_barrier(mem_flags::mem_threadgroup);").map(|(at, _)| at).collect();
     assert_eq!(places.len(), count);
     let mut missed = Vec::new();
-    for at in places {
+    for &at in &places[which] {
         let start = text[..at].rfind('\n').unwrap();
         let end = at + text[at..].find('\n').unwrap();
         let changed = format!("{}{}", &text[..start], &text[end..]);
@@ -97,24 +115,81 @@ fn check_barriers(source: Source, count: usize) {
 
 #[test]
 fn every_missing_barrier_is_seen() {
-    check_barriers(Source::Lora, 15);
+    check_barriers(Source::Lora, 15, 0..15);
 }
 
 #[test]
 fn every_missing_barrier_of_the_decoder_is_seen() {
-    // The decoder's kernels use the sum alone.
-    let without_max = remove_function(Source::Decoder.text(), "METAL_FUNC float group_max");
-    assert_eq!(without_max.matches("_barrier(").count(), 1);
-    let changed = change(&without_max, "    threadgroup_barrier(mem_flags::mem_threadgroup);\n", "");
-    assert!(seen(Source::Decoder, &changed).is_some());
-    check_barriers(Source::Training, 2);
+    // common.metal's: the decoder's kernels use the sum, those of training the maximum too.
+    check_barriers(Source::Decoder, 2, 0..1);
+    check_barriers(Source::Training, 2, 0..2);
 }
 
-/// `text` without the function that begins with `start`.
-fn remove_function(text: &str, start: &str) -> String {
-    let at = text.find(start).unwrap();
-    let end = at + text[at..].find("\n}\n").unwrap() + 3;
-    format!("{}{}", &text[..at], &text[end..])
+#[test]
+fn every_missing_barrier_of_attention_is_seen() {
+    // Behind common.metal's, which attention does not use.
+    check_barriers(Source::Attention, 28, 2..28);
+}
+
+#[test]
+fn planted_errors_of_attention_are_seen() {
+    check_planted(
+        Source::Attention,
+        &[
+            // Who sees whom.
+            ("uint end = before + from - sequence.q_start + 1;", "uint end = before + from - sequence.q_start;"),
+            ("span.end = before + to - sequence.q_start;", "span.end = before + to - sequence.q_start + 1;"),
+            ("span.first = end > window ? end - window : 0;", "span.first = 0;"),
+            ("uint end = to - 1 - sequence.k_start + window;", "uint end = to - sequence.k_start + window;"),
+            (
+                "span.first = first > before ? first - before : 0;",
+                "span.first = first > before ? first - before + 1 : 0;",
+            ),
+            ("min(end - before, sequence.q_len)", "end - before"),
+            ("first < span.end && first + count > span.first", "first < span.end && first > span.first"),
+            ("to = min(to, sequence.q_start + sequence.q_len);", "to = to + 0;"),
+            ("from = max(from, sequence.k_start);", "from = from + 0;"),
+            // Staging and products.
+            ("(ulong(row + i) * heads + head) * size + d]) : 0.0f", "(ulong(row + i) * heads) * size + d]) : 0.0f"),
+            ("row + i < end && d < size;", "row + i < end;"),
+            (
+                "block + 8 * j * SIZE + d, SIZE, ulong2(0, 0), true",
+                "block + 8 * j * SIZE + d, SIZE, ulong2(0, 0), false",
+            ),
+            ("for (uint d = 0; d < SIZE; d += 8) {", "for (uint d = 8; d < SIZE; d += 8) {"),
+            ("simdgroup_load(left, weights + i, BLOCK);", "simdgroup_load(left, weights, BLOCK);"),
+            ("block + i * SIZE + 8 * j, SIZE", "block + i * SIZE, SIZE"),
+            ("left, rows.sums[j], zero", "left, rows.sums[j], rows.sums[j]"),
+            ("if (row + i < end && column + d < size) {", "if (row + i <= end && column + d < size) {"),
+            // Forward.
+            ("float kept = most < larger ? exp(most - larger) : 1.0f;", "float kept = 1.0f;"),
+            ("inside(seen, key + j) && score > larger ?", "inside(seen, key + j) && score < larger ?"),
+            ("inside(seen, key + j) ? exp(score - larger) : 0.0f", "exp(score - larger)"),
+            ("sum *= kept;", ""),
+            ("factors[9 * own] = kept;", "factors[8 * own] = kept;"),
+            ("lse[at] = most + log(total);", "lse[at] = log(total);"),
+            ("total == 0.0f ? 0.0f :", ""),
+            // Backward.
+            ("weight * (products[e] - mean)", "weight * products[e]"),
+            ("inside(seen, key + j) ? weight", "inside(all, key + j) ? weight"),
+            ("weight * (products[e] - delta[at])", "weight * (products[e] + delta[at])"),
+            ("exp(params.scale * scores[e] - lse[at])", "exp(scores[e] - lse[at])"),
+            ("if (inside(seeing, query + j)) {", "if (inside(all, query + j)) {"),
+            (
+                "uint head = group.y * heads; head < (group.y + 1) * heads",
+                "uint head = group.y; head < group.y + heads",
+            ),
+            ("uint column = group.z * COLUMNS;", "uint column = 0;"),
+            (
+                "accumulate<SIZE, BLOCK>(value_sums, scores, block + column)",
+                "accumulate<SIZE, BLOCK>(value_sums, scores, block)",
+            ),
+            (
+                "accumulate<SIZE, BLOCK>(key_sums, products, block + column)",
+                "accumulate<SIZE, BLOCK>(key_sums, scores, block + column)",
+            ),
+        ],
+    );
 }
 
 #[test]
@@ -179,9 +254,9 @@ fn planted_errors_of_the_decoder_are_seen() {
 
 fn check_planted(source: Source, errors: &[(&str, &str)]) {
     let cases = Sensitive::of(source);
-    for (from, to) in errors {
-        assert!(cases.seen(&change(source.text(), from, to)).is_some(), "nothing was seen of {to}");
-    }
+    let seen = |from, to| cases.seen(&change(source.text(), from, to)).is_some();
+    let missed: Vec<_> = errors.iter().filter(|(from, to)| !seen(from, to)).map(|(_, to)| to).collect();
+    assert!(missed.is_empty(), "{source:?}: nothing was seen of {missed:?}");
 }
 
 /// Wrong indices, swapped dimensions, wrong constants: each shows as a wrong value, NaN, or an access out of bounds.

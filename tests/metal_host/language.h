@@ -198,11 +198,25 @@ inline void simdgroup_store(const simdgroup_float8x8& matrix, threadgroup float*
     for (uint e = own_element(); e < own_element() + 2; e++) target[e / 8 * row_length + e % 8] = matrix.elements[e];
 }
 
+// All of a matrix of which each lane holds two elements.
+inline simdgroup_float8x8 gather(const simdgroup_float8x8& matrix, int line) {
+    host::self().matrix = matrix.elements;
+    host::wait_for(host::Wait::Simdgroup, line);
+    uint first = host::now().current / host::LANE_COUNT * host::LANE_COUNT;
+    simdgroup_float8x8 whole;
+    for (uint e = 0; e < 64; e++) whole.elements[e] = host::now().fibers[first + e / 2].matrix[e];
+    whole.whole = true;
+    // No lane may change its elements before all have read them.
+    host::wait_for(host::Wait::Simdgroup, line);
+    return whole;
+}
+
 // d = a b + c
-inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, const simdgroup_float8x8& a, const simdgroup_float8x8& b,
+inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, const simdgroup_float8x8& a, const simdgroup_float8x8& right,
                                           const simdgroup_float8x8& c, int line = __builtin_LINE()) {
     trace(line);
-    if (!a.whole || !b.whole) host::fail("a product's factor must be a loaded matrix", line);
+    if (!a.whole) host::fail("a product's left factor must be a loaded matrix", line);
+    const simdgroup_float8x8 b = right.whole ? right : gather(right, line);
     for (uint e = own_element(); e < own_element() + 2; e++) {
         float sum = c.elements[e];
         for (uint i = 0; i < 8; i++) sum += a.elements[e / 8 * 8 + i] * b.elements[i * 8 + e % 8];

@@ -22,16 +22,22 @@ pub struct Want {
     dtype: DType,
     values: Vec<f64>,
     limit: f64,
+    floor: f64,
 }
 
 pub fn want(slot: Slot, dtype: DType, values: Vec<f64>) -> Want {
-    Want { slot, dtype, values, limit: tolerance(dtype) }
+    Want { slot, dtype, values, limit: tolerance(dtype), floor: 0.0 }
 }
 
 impl Want {
     /// Where something was rounded to another dtype on the way.
     pub fn within(self, limit: f64) -> Self {
         Self { limit, ..self }
+    }
+
+    /// Values that are small differences of larger ones are judged as if the largest were this.
+    pub fn at_least(self, floor: f64) -> Self {
+        Self { floor, ..self }
     }
 }
 
@@ -58,8 +64,8 @@ impl Run {
         let got = host.run(&self.plan, &self.tensors, ORDERS).map_err(|error| format!("{}: {error}", self.what))?;
         let written: Vec<_> = self.want.iter().map(|want| (want.slot, want.dtype, want.limit)).collect();
         harness::save_case(&self.what, &self.plan, &self.tensors, &got, &written);
-        for Want { slot, dtype, values: want, limit } in &self.want {
-            let error = distance(&values(&got[slot], *dtype), want);
+        for Want { slot, dtype, values: want, limit, floor } in &self.want {
+            let error = distance(&values(&got[slot], *dtype), want, *floor);
             if error > *limit {
                 return Err(format!("{}: {slot:?}: error {error:.2e} is over {limit:.1e}", self.what));
             }
@@ -69,12 +75,13 @@ impl Run {
 }
 
 /// [`relative_error`] over the finite values; others must be the same.
-fn distance(got: &[f64], want: &[f64]) -> f64 {
+fn distance(got: &[f64], want: &[f64], floor: f64) -> f64 {
     let same = |(got, want): (&f64, &f64)| want.is_finite() || got == want || (got.is_nan() && want.is_nan());
     if got.len() != want.len() || !got.iter().zip(want).all(same) {
         return f64::INFINITY;
     }
-    let (got, want): (Vec<f64>, Vec<f64>) = got.iter().zip(want).filter(|(_, want)| want.is_finite()).unzip();
+    let finite = got.iter().zip(want).filter(|(_, want)| want.is_finite());
+    let (got, want): (Vec<f64>, Vec<f64>) = finite.chain([(&floor, &floor)]).unzip();
     relative_error(&got, &want)
 }
 

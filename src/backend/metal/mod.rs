@@ -13,6 +13,7 @@ macro_rules! on_apple {
 
 on_apple! {
     pub(crate) mod adamw;
+    pub(crate) mod attention;
     pub(crate) mod cross_entropy;
     pub(crate) mod embedding;
     mod encode;

@@ -4,6 +4,7 @@
 //! there is no Apple GPU.
 
 pub mod adamw;
+pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod fused_lora;
@@ -29,17 +30,24 @@ pub enum Source {
     Decoder,
     /// The loss and the optimizer.
     Training,
+    /// Attention.
+    Attention,
 }
 
 impl Source {
     /// Every text.
-    pub const ALL: [Self; 3] = [Self::Lora, Self::Decoder, Self::Training];
+    pub const ALL: [Self; 4] = [Self::Lora, Self::Decoder, Self::Training, Self::Attention];
 
     /// The text that is compiled. All but the LoRA op's begin with `common.metal`.
     pub fn text(self) -> &'static str {
         match self {
             Self::Lora => include_str!("../kernels.metal"),
             Self::Decoder => concat!(include_str!("common.metal"), include_str!("decoder.metal")),
+            Self::Attention => concat!(
+                include_str!("common.metal"),
+                include_str!("attention_tiles.metal"),
+                include_str!("attention.metal")
+            ),
             Self::Training => concat!(include_str!("common.metal"), include_str!("training.metal")),
         }
     }
@@ -50,6 +58,7 @@ impl Source {
             Self::Lora => "kernels.metal",
             Self::Decoder => "decoder.metal",
             Self::Training => "training.metal",
+            Self::Attention => "attention.metal",
         }
     }
 }
