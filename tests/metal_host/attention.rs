@@ -56,7 +56,9 @@ pub fn attention(sequences: &[Sequence], heads: Heads, window: Option<usize>, dt
     };
     let (o_given, lse_given) = (tensor_of(&o, dtype), tensor_of(&lse, DType::F32));
     let what = |form| {
-        format!("attention {form}, {sequences:?}, {query} / {key} heads of {size}, window {window:?}, {dtype:?}")
+        let count = sequences.len();
+        let sizes = format!("{queries} queries, {keys} keys, {query} of {key} heads of {size}");
+        format!("attention {form}, {count} sequences, {sizes}, window {window:?}, {dtype:?}")
     };
     // With few keys dq and dk are small differences of delta, which comes from the rounded o.
     let floor = if dtype == DType::F32 { 0.05 } else { dv.iter().fold(0.05, |max: f64, dv| max.max(dv.abs())) };

@@ -39,6 +39,13 @@ impl Want {
     pub fn at_least(self, floor: f64) -> Self {
         Self { floor, ..self }
     }
+
+    /// Of the largest value that there is.
+    fn relative_limit(&self) -> f64 {
+        let finite = self.values.iter().filter(|value| value.is_finite());
+        let largest = finite.fold(0.0, |largest: f64, value| largest.max(value.abs()));
+        if largest > 0.0 { self.limit * (self.floor / largest).max(1.0) } else { self.limit }
+    }
 }
 
 /// A plan with its inputs and what it must write.
@@ -62,7 +69,7 @@ impl Run {
     pub fn check(&self, host: &Host) -> Result<(), String> {
         RAN.lock().unwrap().extend(self.plan.launches.iter().map(|launch| launch.kernel.clone()));
         let got = host.run(&self.plan, &self.tensors, ORDERS).map_err(|error| format!("{}: {error}", self.what))?;
-        let written: Vec<_> = self.want.iter().map(|want| (want.slot, want.dtype, want.limit)).collect();
+        let written: Vec<_> = self.want.iter().map(|want| (want.slot, want.dtype, want.relative_limit())).collect();
         harness::save_case(&self.what, &self.plan, &self.tensors, &got, &written);
         for Want { slot, dtype, values: want, limit, floor } in &self.want {
             let error = distance(&values(&got[slot], *dtype), want, *floor);
