@@ -15,7 +15,7 @@ use metal_candle::backend::reference;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-/// Where the ops run: the CPU, or with `METAL_CANDLE_TEST_DEVICE=cuda` the first GPU.
+/// Where the ops run: the CPU, or with `METAL_CANDLE_TEST_DEVICE=cuda` or `=metal` the first GPU.
 fn device() -> Device {
     thread_local! {
         static DEVICE: Device = match std::env::var("METAL_CANDLE_TEST_DEVICE").as_deref() {
@@ -24,13 +24,14 @@ fn device() -> Device {
                 metal_candle::backend::cuda::check(0).unwrap();
                 Device::new_cuda(0).unwrap()
             }
-            Ok(other) => panic!("METAL_CANDLE_TEST_DEVICE is {other}; cpu and cuda are known"),
+            Ok("metal") => Device::new_metal(0).unwrap(),
+            Ok(other) => panic!("METAL_CANDLE_TEST_DEVICE is {other}; cpu, cuda and metal are known"),
         };
     }
     DEVICE.with(Device::clone)
 }
 
-/// Candle makes no tensor without elements on a CUDA device, so that those cases are for the CPU.
+/// Candle makes no tensor without elements on a GPU, so that those cases are for the CPU.
 fn no_elements(shape: &[usize]) -> bool {
     !device().is_cpu() && shape.contains(&0)
 }

@@ -257,3 +257,29 @@ fn threadgroup_memory_is_what_is_used() {
         assert!(error.contains("threadgroup memory"), "m {m}, r {r}: {error}");
     }
 }
+
+/// The same of the other ops' launches.
+#[test]
+fn threadgroup_memory_of_every_op_is_what_is_used() {
+    let one = [Sequence { q_start: 0, q_len: 40, k_start: 0, k_len: 40 }];
+    let heads = Heads { query: 1, key: 1, size: 64 };
+    for (source, runs) in [
+        (Source::Decoder, decoder::rms_norm(2, 4096, DType::F32, DType::F32)),
+        (Source::Training, [decoder::adamw(5000), decoder::cross_entropy(2, 4096)].concat()),
+        (Source::Attention, attention::attention(&one, heads, None, DType::F32)),
+    ] {
+        let host = compile(source);
+        for run in runs {
+            for index in 0..run.plan.launches.len() {
+                let mut plan = run.plan.clone();
+                let bytes = &mut plan.launches[index].threadgroup_bytes;
+                if *bytes > 0 {
+                    *bytes = *bytes / 32 * 16;
+                    let error = host.run(&plan, &run.tensors, 2).err().unwrap_or_default();
+                    let kernel = &plan.launches[index].kernel;
+                    assert!(error.contains("threadgroup memory"), "{kernel}, {}: '{error}'", run.what);
+                }
+            }
+        }
+    }
+}

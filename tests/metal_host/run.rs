@@ -17,6 +17,7 @@ pub const ORDERS: u32 = 3;
 pub static RAN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// A tensor that a plan must write.
+#[derive(Clone)]
 pub struct Want {
     slot: Slot,
     dtype: DType,
@@ -49,6 +50,7 @@ impl Want {
 }
 
 /// A plan with its inputs and what it must write.
+#[derive(Clone)]
 pub struct Run {
     pub what: String,
     pub plan: Plan,

@@ -19,17 +19,18 @@
 //   embedding         2 e; backward e + 8 a distinct id the same
 
 struct RmsNormParams {
-    uint rows;   // m
-    uint width;  // n
+    uint rows;           // m
+    uint width;          // n
     float eps;
     uint rows_per_part;  // of dw: rows that one partial sum covers
     uint parts;
 };
 
-// y of one row, of which the threads have their squares' sums. Returns rstd.
+// y and rstd of one row, of which each thread has the sum of its squares.
 template <typename T, typename W>
-METAL_FUNC void normalize(device const T* x, device const W* weight, device T* y, device float* rstd, float squares,
-                          uint row, threadgroup float* shared, constant RmsNormParams& params, Place place) {
+METAL_FUNC void write_normalized(device const T* x, device const W* weight, device T* y, device float* rstd,
+                                 float squares, uint row, threadgroup float* shared, constant RmsNormParams& params,
+                                 Place place) {
     uint width = params.width;
     float scale = 1.0f / sqrt(group_sum(squares, shared, place) / float(width) + params.eps);
     if (place.index == 0) {
@@ -55,7 +56,7 @@ kernel void rms_norm_forward(
         float value = float(x[start + i]);
         squares += value * value;
     }
-    normalize(x, weight, y, rstd, squares, group.x, shared, params, place);
+    write_normalized(x, weight, y, rstd, squares, group.x, shared, params, place);
 }
 
 template <typename T, typename W>
@@ -74,7 +75,7 @@ kernel void rms_norm_forward_add(
         sum[start + i] = rounded;
         squares += float(rounded) * float(rounded);
     }
-    normalize(sum, weight, y, rstd, squares, group.x, shared, params, place);
+    write_normalized(sum, weight, y, rstd, squares, group.x, shared, params, place);
 }
 
 template <typename T, typename W>
@@ -189,10 +190,10 @@ kernel void gated_backward(
 }
 
 struct RopeParams {
-    uint pairs;  // T H D / 2
-    uint heads;  // H
+    uint pairs;      // T H D / 2
+    uint heads;      // H
     uint half_size;  // D / 2
-    float sign;  // s
+    float sign;      // s
 };
 
 template <typename T>
