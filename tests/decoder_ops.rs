@@ -516,7 +516,9 @@ fn adamw_agrees_over_steps() {
         }
         let norm: f64 = f64s(&grads).iter().map(|g| g * g).sum();
         let got = adamw::squared_norm(&offset(&grads)).unwrap();
-        assert!((got - norm).abs() <= 1e-12 * norm, "{got} is not {norm}");
+        // Metal has no f64.
+        let limit = if device().is_metal() { 1e-6 } else { 1e-12 };
+        assert!((got - norm).abs() <= limit * norm, "{got} is not {norm}");
     }
     let bad = Tensor::new(&[1.0_f32, f32::NAN, 2.0], &device()).unwrap();
     assert!(adamw::squared_norm(&bad).unwrap().is_nan());

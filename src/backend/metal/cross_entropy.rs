@@ -24,11 +24,12 @@ pub fn loss(
     scale: Option<f32>,
     dhead: Option<&Tensor>,
 ) -> Result<(Pending, Option<Tensor>)> {
+    let device = Operand::whole(OP, "hidden", hidden)?.device().clone();
+    Operand::whole(OP, "head", head)?;
     let dhidden = scale.map(|_| hidden.detach().zeros_like()).transpose()?;
     if counted.is_empty() {
         return Ok((Pending::ready(0.0, 0), dhidden));
     }
-    let device = Operand::whole(OP, "hidden", hidden)?.device().clone();
     let head = head.detach().to_dtype(DType::F32)?;
     let losses = allocate(OP, &device, counted.len(), DType::F32)?.tensor(counted.len());
     let chunk = (CHUNK_BYTES / (size_of::<f32>() * head.dims()[0])).clamp(1, counted.len());
