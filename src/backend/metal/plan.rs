@@ -233,3 +233,52 @@ impl Launch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::adamw::Step;
+
+    #[test]
+    fn counts_beyond_31_bits_are_refused() {
+        let step = Step {
+            grad_scale: 1.0,
+            decay: 1.0,
+            beta2: 0.0,
+            one_minus_beta1: 1.0,
+            one_minus_beta2: 1.0,
+            step_size: 0.0,
+            root_correction2: 1.0,
+            epsilon: 1.0,
+        };
+        let many = 1 << 31;
+        let norm = |rows, width| rms_norm::Call { rows, width, eps: 0.0, x: DType::F32, weight: DType::F32 };
+        for plan in [
+            norm(many, 1).forward(false),
+            norm(1, many).forward(true),
+            norm(many, 1).backward(true),
+            swiglu::forward(many, DType::F16),
+            swiglu::backward(many, DType::BF16),
+            rope::rotate(&[0], many, 2, DType::F32, false),
+            embedding::gather(&[0], many, DType::F32),
+            embedding::backward(&[0], many, DType::F32),
+            adamw::step(many, step),
+            adamw::squares(many),
+            cross_entropy::rows(&[0], many, None),
+        ] {
+            let error = plan.unwrap_err().to_string();
+            assert!(error.contains("2147483648"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_threadgroup_has_whole_simdgroups() {
+        for width in [1, 31, 100, 128, 129, 5000, 1 << 20] {
+            let plan = cross_entropy::rows(&[0, 0], width, Some(1.0)).unwrap();
+            let Launch { threads, threadgroup_bytes, grid, .. } = plan.launches[0].clone();
+            assert!(threads.is_multiple_of(LANES) && (LANES..=512).contains(&threads), "{threads}");
+            assert!(threadgroup_bytes >= 2 * 4 * threads / LANES && threadgroup_bytes.is_multiple_of(16));
+            assert_eq!(grid, [2, 1, 1]);
+        }
+    }
+}
