@@ -11,15 +11,15 @@
 // and queries in order, so nothing is added from two places.
 //
 // SIZE is D, padded; BLOCK rows of the other side are staged at a time. A row of no sequence has o = 0 and lse = -infinity.
-// Numbers that are not finite reach at most the rows that are together with theirs in a block: 0 times NaN is NaN.
+// A number that is not finite reaches the rows that share a block or a simdgroup with its own, seen or not: 0 times NaN is NaN.
 //
 //   kernel   memory, n: rows of a threadgroup (8 a simdgroup)            least              operations  least
 //   forward  q, o once; k, v (Tq / n) Hq / Hk / 2 times                  q, k, v, o once    4 L D       the same
 //   queries  q, o, g, dq once; k, v as above                             q, k, v, o, g, dq  6 L D       the same
 //   keys     k, v, dk, dv once; q once and g twice for each n keys       all once           8 L D       4 L D (P and dS known)
 //
-// L: the pairs of query and key that see each other, of all heads. What is read again comes from the cache. The blocks on the
-// diagonal are computed whole. For SIZE 256, `keys` runs twice, for half of the columns each.
+// For one sequence. L: the pairs of query and key that see each other, of all heads. What is read again comes from the cache.
+// The blocks on the diagonal are computed whole. For SIZE 256, `keys` runs twice, for half of the columns each.
 
 // One threadgroup a tile of queries (x) of one head (y). Threadgroup memory: the block, then for each simdgroup its queries,
 // scores, factors [8, 8] and a float a lane. Four lanes share a row's softmax.

@@ -1,7 +1,7 @@
-// What decoder.metal and attention.metal begin with: their text is compiled behind this one.
+// What the other texts of this folder begin with: they are compiled behind this one.
 //
-// Apple7 (M1) and later; bf16 needs language version 3.1. Compiled without fast math: exp, log and sqrt are the precise ones and
-// NaN stays NaN. Only scalars are loaded: tensors may start at any element. Sums are f32, each in one order; no atomics.
+// Apple7 (M1) and later; bf16 needs language version 3.1. Compiled without fast math: exp, log and sqrt are the precise ones
+// and NaN stays NaN. Only scalars are loaded: tensors may start at any element. Sums are f32, each in one order; no atomics.
 
 #include <metal_stdlib>
 #include <metal_simdgroup>
