@@ -1,4 +1,4 @@
-//! The CPU host of `kernels.metal` sees what it is there for: each error is planted once.
+//! The CPU host of the Metal kernels sees what it is there for: each error is planted once.
 #![cfg(unix)]
 #![allow(missing_docs)]
 
@@ -13,85 +13,22 @@ mod harness;
 mod lora;
 #[path = "metal_host/run.rs"]
 mod run;
+#[path = "metal_host/sensitive.rs"]
+mod sensitive;
 
 use std::ops::Range;
 
-use attention::Heads;
 use candle_core::DType;
-use common::random;
+use common::{f64s, random, relative_error};
 use harness::{Host, PLACES, Tensors, change};
-use lora::{Case, Cases};
-use metal_candle::backend::custom_ops::attention::Sequence;
 use metal_candle::backend::metal::plan::{Binding, Launch, Plan, Slot, Source};
-use run::{ORDERS, Run, bytes, values};
-
-/// The kernels for f32 alone: a planted error in a template shows there too, and they compile in a fraction of the time.
-fn f32_only(text: &str) -> String {
-    let others = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\"", "ATTENTION(\"_f16\""];
-    let first = others.iter().filter_map(|other| text.find(other)).min().unwrap_or(text.len());
-    // Of attention, the smallest size and the one that is summed in two parts.
-    let kept =
-        |line: &&str| !["64", "96", "128"].iter().any(|size| line.trim().starts_with(&format!("SIZES(\"{size}\"")));
-    text[..first].lines().filter(kept).map(|line| format!("{line}\n")).collect()
-}
-
-/// Cases in which every loop of every kernel runs more than once, in few steps.
-enum Sensitive {
-    Lora(Cases),
-    Runs(Vec<Run>),
-}
-
-impl Sensitive {
-    fn of(source: Source) -> Self {
-        match source {
-            Source::Lora => {
-                // k and n beyond what the simdgroups of a threadgroup cover at once, ranks of more than one block, several
-                // tiles and chunks of rows.
-                let f32s =
-                    |m, size| (format!("m {m}, {size:?}"), Case::new(m, size, DType::F32, DType::F32).with_dropout());
-                Self::Lora(vec![f32s(2, [70, 9, 150]), f32s(130, [100, 35, 110]), f32s(2049, [75, 6, 70])])
-            }
-            Source::Decoder => {
-                let mut runs = decoder::rms_norm(70, 300, DType::F32, DType::F32);
-                runs.extend(decoder::swiglu(1500, DType::F32));
-                runs.extend(decoder::rope(33, 3, 34, DType::F32));
-                runs.extend(decoder::embedding(9, 300, DType::F32));
-                Self::Runs(runs)
-            }
-            Source::Training => {
-                let mut runs = decoder::adamw(70_000);
-                runs.extend(decoder::cross_entropy(3, 700));
-                Self::Runs(runs)
-            }
-            Source::Attention => {
-                let heads = Heads { query: 4, key: 2, size: 30 };
-                let mut runs = attention::attention(&attention::mixed(), heads, Some(19), DType::F32);
-                let one = [Sequence { q_start: 0, q_len: 20, k_start: 0, k_len: 20 }];
-                runs.extend(attention::attention(&one, Heads { query: 1, key: 1, size: 250 }, None, DType::F32));
-                runs.push(attention::large_scores());
-                Self::Runs(runs)
-            }
-        }
-    }
-
-    /// Why `text` is not right; `None` if nothing was seen.
-    fn seen(&self, text: &str) -> Option<String> {
-        let host = Host::compile(&f32_only(text)).unwrap();
-        match self {
-            Self::Lora(cases) => cases.iter().find_map(|(what, case)| case.check(&host, what).err()),
-            Self::Runs(runs) => runs.iter().find_map(|run| run.check(&host).err()),
-        }
-    }
-}
-
-fn seen(source: Source, text: &str) -> Option<String> {
-    Sensitive::of(source).seen(text)
-}
+use run::{ORDERS, bytes, values};
+use sensitive::Sensitive;
 
 #[test]
 fn unchanged_kernels_pass_the_cases_that_find_errors() {
     for source in Source::ALL {
-        assert_eq!(seen(source, source.text()), None);
+        assert_eq!(Sensitive::of(source).seen(source.text()), None);
     }
 }
 
@@ -344,8 +281,19 @@ fn every_broken_rule_is_an_error() {
         "shared[i] = 0; {BARRIER} simdgroup_float8x8 m; if (lane == 3) simdgroup_load(m, shared, 8); \
         {BARRIER} y[i] = 0;"
     );
+    let product = |condition: &str| {
+        format!(
+            "shared[i] = x[i]; {BARRIER} simdgroup_float8x8 zero = make_filled_simdgroup_matrix<float, 8>(0.0f), m, p; \
+             simdgroup_load(m, shared, 8); simdgroup_multiply_accumulate(p, m, m, zero); \
+             {condition} simdgroup_multiply_accumulate(p, m, p, zero); {BARRIER} \
+             if (i < 32) simdgroup_store(p, shared, 8); {BARRIER} y[i] = shared[i];"
+        )
+    };
+    let (cube, divergent_cube) = (product(""), product("if (lane < 9)"));
     let bodies = [
         ("right", through_memory.as_str(), ""),
+        ("cube", &cube, ""),
+        ("divergent_cube", &divergent_cube, "operation"),
         ("sum", "y[i] = simd_sum(x[i]);", ""),
         ("no_barrier", "shared[i] = x[i]; y[i] = shared[63 - i];", "differs between orders"),
         ("no_simdgroup_barrier", "shared[i] = x[i]; y[i] = shared[i ^ 1];", "differs between orders"),
@@ -378,6 +326,9 @@ fn every_broken_rule_is_an_error() {
     for (name, _) in nothing {
         assert!(run_probe(&host, name, |_| {}).unwrap().iter().any(|y| y.is_nan()), "{name}");
     }
+    let x = random(&[8, 8], DType::F32, 1);
+    let want = f64s(&x.matmul(&x).unwrap().matmul(&x).unwrap());
+    assert!(relative_error(&run_probe(&host, "cube", |_| {}).unwrap(), &want) < 1e-6);
     let error = |change: fn(&mut Launch)| run_probe(&host, "right", change).unwrap_err();
     assert!(error(|launch| launch.threads = 2048).contains("2048 threads"));
     assert!(error(|launch| launch.threads = 48).contains("whole simdgroups"));
