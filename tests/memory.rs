@@ -1,5 +1,6 @@
-//! What `train --dry-run` says of memory is what the run takes, within a tenth.
+//! What `train --dry-run` says of memory is what the run takes, within a tenth; only Linux tells.
 #![allow(missing_docs)]
+#![cfg(target_os = "linux")]
 
 mod common;
 
@@ -25,7 +26,6 @@ fn planned(text: &str, name: &str) -> f64 {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn a_run_takes_what_the_dry_run_says() {
     let folder = tempfile::tempdir().unwrap();
     common::tiny::write_model_with(&folder.path().join("model"), 1, |config| {

@@ -5,11 +5,19 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{assert_close, assert_within, f64s, offset, random, strided, tolerance, transposed};
-use metal_candle::backend::custom_ops::{FusedLoRAOp, Sink, fused_lora_with_dropout};
+use common::{FLOATS, assert_close, assert_within, f64s, offset, random, strided, tolerance, transposed};
+use metal_candle::backend::custom_ops::adamw::{self, AdamW};
+use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
+use metal_candle::backend::custom_ops::cross_entropy::{self, IGNORE};
+use metal_candle::backend::custom_ops::{
+    FusedLoRAOp, Sink, attention, embedding, fused_lora_with_dropout, rms_norm, rope, swiglu,
+};
 use metal_candle::backend::dropout::Dropout;
 use metal_candle::backend::metal::fused_lora as kernels;
-use metal_candle::backend::reference::fused_lora::{self as reference, Problem};
+use metal_candle::backend::reference::{
+    self as judge,
+    fused_lora::{self as reference, Problem},
+};
 use metal_candle::training::LoRALayer;
 
 const MIXES: [(DType, DType); 5] = [
@@ -149,4 +157,137 @@ fn a_gradient_buffer_with_gaps_is_refused() {
     let sink = Sink { da: Some(&da), ..Sink::default() };
     let error = kernels::backward(&x, &a, &b, None, &g, s, None, &sink).unwrap_err().to_string();
     assert!(error.contains("da") && error.contains("contiguous"), "{error}");
+}
+
+fn ones(shape: &[usize], dtype: DType, device: &Device) -> Tensor {
+    Tensor::ones(shape, dtype, device).unwrap()
+}
+
+fn plus_one(values: &[f64]) -> Vec<f64> {
+    values.iter().map(|value| value + 1.0).collect()
+}
+
+#[test]
+fn norms() {
+    let Some(device) = metal() else { return };
+    let random = |shape: &[usize], dtype, seed| random(shape, dtype, seed).to_device(&device).unwrap();
+    for (dtype, weight_dtype) in MIXES {
+        for (m, n) in [(1, 33), (70, 129), (5, 4096)] {
+            let what = format!("rms_norm [{m}, {n}], {dtype:?} with {weight_dtype:?}");
+            let (x, g, weight) = (random(&[m, n], dtype, 1), random(&[m, n], dtype, 2), random(&[n], weight_dtype, 3));
+            let (want, want_rstd) = judge::rms_norm::forward(&f64s(&x), &f64s(&weight), 1e-5);
+            let (dx, dweight) = judge::rms_norm::backward(&f64s(&x), &f64s(&weight), 1e-5, &f64s(&g));
+            let (y, rstd) = rms_norm::forward(&offset(&x), &weight, 1e-5).unwrap();
+            assert_close(&what, &y, &want);
+            assert_close(&format!("{what}: rstd"), &rstd, &want_rstd);
+            let (sum, y, _) = rms_norm::forward_add(&x, &g, &weight, 1e-5).unwrap();
+            assert_close(&format!("{what}: sum"), &sum, &f64s(&(&x + &g).unwrap()));
+            assert_close(&what, &y, &judge::rms_norm::forward(&f64s(&sum), &f64s(&weight), 1e-5).0);
+            let (dx_sink, dweight_sink) = (ones(&[m, n], dtype, &device), ones(&[n], DType::F32, &device));
+            rms_norm::backward(&x, &weight, &rstd, &offset(&g), &dx_sink, Some(&dweight_sink)).unwrap();
+            assert_close(&format!("{what}: dx"), &dx_sink, &plus_one(&dx));
+            assert_within(&format!("{what}: dweight"), &dweight_sink, &plus_one(&dweight), tolerance(dtype));
+        }
+    }
+}
+
+#[test]
+fn elementwise_ops_and_rows() {
+    let Some(device) = metal() else { return };
+    let random = |shape: &[usize], dtype, seed| random(shape, dtype, seed).to_device(&device).unwrap();
+    for dtype in FLOATS {
+        let (gate, up, g) = (random(&[5003], dtype, 1), random(&[5003], dtype, 2), random(&[5003], dtype, 3));
+        for activation in [swiglu::Activation::Silu, swiglu::Activation::GeluTanh] {
+            let y = swiglu::forward(&offset(&gate), &up, activation).unwrap();
+            assert_close("swiglu", &y, &judge::swiglu::forward(&f64s(&gate), &f64s(&up), activation));
+            let (dgate, dup) = judge::swiglu::backward(&f64s(&gate), &f64s(&up), &f64s(&g), activation);
+            let (got_dgate, got_dup) = swiglu::backward(&gate, &up, &offset(&g), activation).unwrap();
+            assert_close("dgate", &got_dgate, &dgate);
+            assert_close("dup", &got_dup, &dup);
+            let [gate, up, g] = [&gate, &up, &g].map(|tensor| tensor.copy().unwrap());
+            swiglu::backward_in_place(&gate, &up, &g, activation).unwrap();
+            assert_close("dgate in place", &gate, &dgate);
+            assert_close("dup in place", &up, &dup);
+            assert_close("y in place", &g, &f64s(&y));
+        }
+
+        let angles = random(&[9, 5], DType::F32, 4);
+        let (cos, sin, positions) = (angles.cos().unwrap(), angles.sin().unwrap(), [8, 0, 3, 3, 7]);
+        for inverse in [false, true] {
+            let x = random(&[5, 3, 10], dtype, 5);
+            let want = judge::rope::rotate(&f64s(&x), &f64s(&cos), &f64s(&sin), &positions, 3, 10, inverse);
+            let x = offset(&x);
+            rope::rotate(&x, &cos, &sin, &positions, inverse).unwrap();
+            assert_close("rope", &x, &want);
+        }
+
+        let (table, rows, ids) = (random(&[11, 70], dtype, 6), random(&[4, 70], dtype, 7), [10, 2, 2, 0]);
+        let y = embedding::forward(&offset(&table), &ids).unwrap();
+        assert_eq!(f64s(&y), judge::embedding::forward(&f64s(&table), &ids, 70));
+        let dtable = ones(&[11, 70], DType::F32, &device);
+        embedding::backward(&ids, &offset(&rows), &dtable).unwrap();
+        assert_close("dtable", &dtable, &plus_one(&judge::embedding::backward(&ids, &f64s(&rows), 70, 11)));
+    }
+}
+
+#[test]
+fn attention_of_every_padded_size() {
+    let Some(device) = metal() else { return };
+    let random = |shape: &[usize], dtype, seed| random(shape, dtype, seed).to_device(&device).unwrap();
+    let sequences = [
+        Sequence { q_start: 0, q_len: 70, k_start: 0, k_len: 75 },
+        Sequence { q_start: 71, q_len: 1, k_start: 75, k_len: 20 },
+    ];
+    for dtype in FLOATS {
+        for (dim, window) in [(10, None), (64, Some(9)), (80, None), (128, Some(40)), (256, None)] {
+            let what = format!("attention, {dtype:?}, heads of {dim}, window {window:?}");
+            let (q, g) = (random(&[80, 4, dim], dtype, 1), random(&[80, 4, dim], dtype, 2));
+            let (k, v) = (random(&[97, 2, dim], dtype, 3), random(&[97, 2, dim], dtype, 4));
+            let scale = 3.0 / (dim as f32).sqrt();
+            let args = AttentionArgs { sequences: &sequences, scale, window };
+            let (sequences, scale) = (sequences.to_vec(), scale as f64);
+            let problem = judge::attention::Problem { q_heads: 4, kv_heads: 2, dim, sequences, scale, window };
+            let [q64, k64, v64, g64] = [&q, &k, &v, &g].map(f64s);
+            let (want, _) = judge::attention::forward(&q64, &k64, &v64, &problem);
+            let gradients = judge::attention::backward(&q64, &k64, &v64, &g64, &problem);
+            let (o, lse) = attention::forward(&offset(&q), &offset(&k), &v, args).unwrap();
+            assert_close(&what, &o, &want);
+            let (dq, dk, dv) = attention::backward(&q, &k, &v, &o, &lse, &offset(&g), args).unwrap();
+            // One rounding more, of o, than the table counts.
+            let limit = 3.0 * tolerance(dtype);
+            assert_within(&format!("{what}: dq"), &dq, &gradients.0, limit);
+            assert_within(&format!("{what}: dk"), &dk, &gradients.1, limit);
+            assert_within(&format!("{what}: dv"), &dv, &gradients.2, limit);
+        }
+    }
+}
+
+#[test]
+fn the_loss_and_the_optimizer() {
+    let Some(device) = metal() else { return };
+    let random = |shape: &[usize], dtype, seed| random(shape, dtype, seed).to_device(&device).unwrap();
+    let targets = [6, IGNORE, 0, 499];
+    for dtype in FLOATS {
+        let (hidden, head) = (random(&[4, 24], dtype, 1), random(&[500, 24], dtype, 2));
+        let [hidden64, head64] = [&hidden, &head].map(f64s);
+        let (sum, count) = judge::cross_entropy::forward(&hidden64, &head64, 24, &targets);
+        let (dhidden, dhead) = judge::cross_entropy::backward(&hidden64, &head64, 24, &targets, 0.5);
+        let sink = ones(&[500, 24], DType::F32, &device);
+        let (loss, got) = cross_entropy::forward_backward(&hidden, &head, &targets, 0.5, Some(&sink)).unwrap();
+        let loss = loss.read().unwrap();
+        assert!((loss.sum - sum).abs() <= 1e-5 * sum && loss.count == count, "{loss:?}, not {sum}");
+        assert_close("dhidden", &got, &dhidden);
+        assert_close("dhead", &sink, &plus_one(&dhead));
+    }
+    let adamw = AdamW { learning_rate: 3e-2, beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+    let (block, grads) = (random(&[3, 5003], DType::F32, 1).abs().unwrap(), random(&[5003], DType::F32, 2));
+    let mut want = f64s(&block);
+    let (values, moments) = want.split_at_mut(5003);
+    let (first, second) = moments.split_at_mut(5003);
+    let scaled: Vec<f64> = f64s(&grads).iter().map(|g| 0.5 * g).collect();
+    judge::adamw::step(values, first, second, &scaled, 2, &adamw);
+    adamw::step(&block, &offset(&grads), 0.5, 2, &adamw).unwrap();
+    assert_close("the block", &block, &want);
+    let norm: f64 = f64s(&grads).iter().map(|g| g * g).sum();
+    assert!((adamw::squared_norm(&offset(&grads)).unwrap() - norm).abs() <= 1e-6 * norm);
 }

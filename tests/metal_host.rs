@@ -1,26 +1,51 @@
-//! `kernels.metal` as it ships, run on the CPU: every kernel in every dtype agrees with the f64 reference, and what the text
-//! must keep to is kept. `tests/metal_host/host.cpp` says how it is run, `tests/metal_host_errors.rs` shows that errors are seen.
+//! The Metal kernels as they ship, run on the CPU: every kernel in every dtype agrees with the f64 reference, and what the
+//! texts must keep to is kept. `tests/metal_host/host.cpp` says how it is run, `tests/metal_host_errors.rs` shows that errors are seen.
 #![cfg(unix)]
 #![allow(missing_docs)]
 
-#[path = "metal_host/case.rs"]
-mod case;
+#[path = "metal_host/attention.rs"]
+mod attention;
 mod common;
+#[path = "metal_host/decoder.rs"]
+mod decoder;
 #[path = "metal_host/harness.rs"]
 mod harness;
+#[path = "metal_host/lora.rs"]
+mod lora;
+#[path = "metal_host/run.rs"]
+mod run;
 
-use std::sync::LazyLock;
-
+use attention::Heads;
 use candle_core::DType;
-use case::{Case, Cases, MIXES, RAN};
-use harness::{Host, KERNELS, PLACES, change};
-use metal_candle::backend::metal::plan::{Params, Slot};
+use common::FLOATS;
+use harness::{Host, PLACES, change};
+use lora::{Case, Cases, MIXES};
+use metal_candle::backend::custom_ops::attention::Sequence;
+use metal_candle::backend::custom_ops::swiglu::Activation;
+use metal_candle::backend::metal::plan::{
+    self as plans, Slot, Source, adamw, cross_entropy, embedding, fused_lora, rms_norm, rope, swiglu,
+};
+use run::{RAN, Run};
 
-static HOST: LazyLock<Host> = LazyLock::new(|| Host::compile(KERNELS).unwrap_or_else(|error| panic!("{error}")));
+fn compile(source: Source) -> Host {
+    Host::compile(source.text()).unwrap_or_else(|error| panic!("{error}"))
+}
 
-#[track_caller]
-fn check(case: &Case, what: &str) {
-    case.check(&HOST, what).unwrap_or_else(|error| panic!("{error}"));
+/// Halves the cases between two threads; then every kernel of the text must have run.
+fn run_all<T: Sync>(source: Source, cases: &[T], check: impl Fn(&Host, &T) -> Result<(), String> + Sync) {
+    let host = compile(source);
+    std::thread::scope(|scope| {
+        for half in 0..2 {
+            let (host, check) = (&host, &check);
+            scope.spawn(move || {
+                for case in cases.iter().skip(half).step_by(2) {
+                    check(host, case).unwrap_or_else(|error| panic!("{error}"));
+                }
+            });
+        }
+    });
+    let unused: Vec<String> = host.kernels().difference(&RAN.lock().unwrap()).cloned().collect();
+    assert!(unused.is_empty(), "no case ran {unused:?}");
 }
 
 fn every_shape_in_every_dtype() -> Cases {
@@ -68,46 +93,119 @@ fn no_rows() -> Cases {
 fn every_kernel_agrees_with_the_reference() {
     let groups = [every_shape_in_every_dtype(), dropout(), the_shapes_of_the_benches(), every_rank_to_256(), no_rows()];
     let cases: Vec<(String, Case)> = groups.into_iter().flatten().collect();
-    let (even, odd): (Vec<_>, Vec<_>) = cases.iter().enumerate().partition(|(index, _)| index % 2 == 0);
-    std::thread::scope(|scope| {
-        for half in [even, odd] {
-            scope.spawn(move || half.iter().for_each(|(_, (what, case))| check(case, what)));
+    run_all(Source::Lora, &cases, |host, (what, case)| case.check(host, what));
+}
+
+#[test]
+fn every_decoder_kernel_agrees_with_the_reference() {
+    let mut runs = Vec::new();
+    for (x, weight) in MIXES {
+        // Less than a simdgroup, one that is not full, several, more than a threadgroup's threads; parts of one row and more.
+        for (m, n) in [(1, 1), (3, 40), (70, 129), (2, 2500), (0, 8)] {
+            runs.extend(decoder::rms_norm(m, n, x, weight));
         }
-    });
-    let unused: Vec<String> = HOST.kernels().difference(&RAN.lock().unwrap()).cloned().collect();
-    assert!(unused.is_empty(), "no case ran {unused:?}");
+    }
+    for dtype in FLOATS {
+        for count in [0, 1, 255, 1025, 5000] {
+            runs.extend(decoder::swiglu(count, dtype, Activation::Silu));
+            runs.extend(decoder::swiglu(count, dtype, Activation::GeluTanh));
+        }
+        for (tokens, heads, size) in [(1, 1, 2), (7, 3, 10), (33, 4, 64), (0, 2, 8)] {
+            runs.extend(decoder::rope(tokens, heads, size, dtype));
+        }
+        for (tokens, width) in [(1, 1), (13, 33), (40, 300), (0, 8)] {
+            runs.extend(decoder::embedding(tokens, width, dtype));
+        }
+    }
+    run_all(Source::Decoder, &runs, |host, run: &Run| run.check(host));
+}
+
+#[test]
+fn every_training_kernel_agrees_with_the_reference() {
+    let mut runs = Vec::new();
+    for n in [0, 1, 300, 5001, 70_000] {
+        runs.extend(decoder::adamw(n));
+    }
+    for (rows, vocab) in [(0, 5), (1, 1), (3, 7), (5, 200), (2, 5001)] {
+        runs.extend(decoder::cross_entropy(rows, vocab));
+    }
+    runs.push(decoder::cross_entropy_of_no_numbers());
+    run_all(Source::Training, &runs, |host, run: &Run| run.check(host));
+}
+
+#[test]
+fn every_attention_kernel_agrees_with_the_reference() {
+    let mut runs = Vec::new();
+    for dtype in FLOATS {
+        // Every padded size, full and not; then all that a sequence may be.
+        for size in [10, 64, 80, 96, 128, 200, 256] {
+            let small = [Sequence { q_start: 1, q_len: 20, k_start: 2, k_len: 23 }];
+            runs.extend(attention::attention(&small, Heads { query: 2, key: 1, size }, Some(18), dtype));
+        }
+        for window in [None, Some(1), Some(6), Some(33)] {
+            runs.extend(attention::attention(&attention::mixed(), Heads { query: 6, key: 2, size: 12 }, window, dtype));
+        }
+        runs.extend(attention::attention(&[], Heads { query: 2, key: 1, size: 4 }, None, dtype));
+    }
+    let one = [Sequence { q_start: 0, q_len: 100, k_start: 0, k_len: 133 }];
+    for (size, window) in [(64, None), (256, Some(40))] {
+        runs.extend(attention::attention(&one, Heads { query: 2, key: 2, size }, window, DType::F32));
+    }
+    // Keys that two sequences share.
+    let shared = [
+        Sequence { q_start: 0, q_len: 17, k_start: 0, k_len: 17 },
+        Sequence { q_start: 17, q_len: 5, k_start: 3, k_len: 20 },
+    ];
+    runs.extend(attention::attention(&shared, Heads { query: 2, key: 1, size: 8 }, None, DType::F32));
+    runs.push(attention::large_scores());
+    run_all(Source::Attention, &runs, |host, run: &Run| run.check(host));
 }
 
 /// Rust's parameters and the shader's are the same bytes.
 #[test]
 fn parameters_have_one_layout() {
-    macro_rules! offsets {
-        ($($field:ident)*) => { [$((stringify!($field), std::mem::offset_of!(Params, $field))),*] };
+    macro_rules! check {
+        ($($source:ident $name:literal $params:ty;)*) => { $({
+            let text = Source::$source.text();
+            harness::check_layout(text, $name, size_of::<$params>(), <$params>::LAYOUT).unwrap();
+        })* };
     }
-    let fields = offsets!(batch_size seq_len in_features rank out_features scaling dropout_threshold dropout_scale
-        seed_low seed_high stream_low stream_high rows_per_chunk chunks elements);
-    harness::check_layout(KERNELS, size_of::<Params>(), &fields).unwrap();
-    let swapped = change(KERNELS, "uint seed_low;\n    uint seed_high;", "uint seed_high;\n    uint seed_low;");
-    assert!(harness::check_layout(&swapped, size_of::<Params>(), &fields).unwrap_err().contains("seed_low"));
-    let longer = change(KERNELS, "uint chunks; ", "uint another; uint chunks; ");
-    assert!(harness::check_layout(&longer, size_of::<Params>(), &fields).unwrap_err().contains("size"));
+    check! {
+        Lora "LoraParams" fused_lora::Params;
+        Decoder "RmsNormParams" rms_norm::Params;
+        Decoder "ElementParams" swiglu::Params;
+        Decoder "RopeParams" rope::Params;
+        Decoder "EmbeddingParams" embedding::Params;
+        Training "AdamWParams" adamw::Params;
+        Training "SquaresParams" adamw::SquaresParams;
+        Training "CrossEntropyParams" cross_entropy::Params;
+        Attention "AttentionParams" plans::attention::Params;
+    }
+    let (text, layout) = (Source::Lora.text(), fused_lora::Params::LAYOUT);
+    let check = |text: &str| harness::check_layout(text, "LoraParams", size_of::<fused_lora::Params>(), layout);
+    let swapped = change(text, "uint seed_low;\n    uint seed_high;", "uint seed_high;\n    uint seed_low;");
+    assert!(check(&swapped).unwrap_err().contains("seed_low"));
+    let longer = change(text, "uint chunks; ", "uint another; uint chunks; ");
+    assert!(check(&longer).unwrap_err().contains("size"));
 }
 
 /// `host.cpp` hands over arguments by their place, the GPU by their attributes: both must mean the same.
 #[test]
 fn attributes_are_in_order() {
-    let signatures = harness::signatures(KERNELS);
-    assert_eq!(signatures.len(), 8);
-    for (kernel, attributes) in &signatures {
-        let buffers = attributes.iter().take_while(|attribute| attribute.starts_with("buffer")).count();
-        let mut want: Vec<String> = (0..buffers).map(|index| format!("buffer({index})")).collect();
-        if attributes.iter().any(|attribute| attribute == "threadgroup(0)") {
-            want.push("threadgroup(0)".to_string());
+    for (source, kernels) in [(Source::Lora, 8), (Source::Decoder, 11), (Source::Training, 3), (Source::Attention, 3)] {
+        let signatures = harness::signatures(source.text());
+        assert_eq!(signatures.len(), kernels, "{source:?}");
+        for (kernel, attributes) in &signatures {
+            let buffers = attributes.iter().take_while(|attribute| attribute.starts_with("buffer")).count();
+            let mut want: Vec<String> = (0..buffers).map(|index| format!("buffer({index})")).collect();
+            if attributes.iter().any(|attribute| attribute == "threadgroup(0)") {
+                want.push("threadgroup(0)".to_string());
+            }
+            want.extend(PLACES.map(str::to_string));
+            assert_eq!(attributes, &want, "{kernel}");
         }
-        want.extend(PLACES.map(str::to_string));
-        assert_eq!(attributes, &want, "{kernel}");
     }
-    let forward = KERNELS.split("kernel void fused_lora_forward(").nth(1).unwrap();
+    let forward = Source::Lora.text().split("kernel void fused_lora_forward(").nth(1).unwrap();
     let names = ["input", "lora_a", "lora_b", "output", "params"];
     for (index, name) in names.iter().enumerate() {
         assert!(forward.contains(&format!("{name} [[buffer({index})]]")), "{name} must be buffer {index}");
@@ -117,26 +215,31 @@ fn attributes_are_in_order() {
 /// Apple's compiler wants an address space for every pointer and reference.
 #[test]
 fn every_pointer_has_an_address_space() {
-    assert_eq!(harness::without_address_space(KERNELS), [""; 0]);
+    for source in Source::ALL {
+        assert_eq!(harness::without_address_space(source.text()), [""; 0], "{source:?}");
+    }
     let parameter = "device const L* left, device const R* right, uint row, uint,";
-    let changed = change(KERNELS, parameter, &parameter.replacen("device ", "", 1));
+    let changed = change(Source::Lora.text(), parameter, &parameter.replacen("device ", "", 1));
     assert_eq!(harness::without_address_space(&changed), ["const L* left"]);
 }
 
 /// Clang knows where one address space is taken for another.
 #[test]
 fn address_spaces_agree() {
-    let Some(result) = harness::check_address_spaces(KERNELS) else {
+    let Some(result) = harness::check_address_spaces(Source::Lora.text()) else {
         println!("SKIPPED: Clang checks that address spaces agree, and there is no clang++ on this machine");
         return;
     };
     result.unwrap_or_else(|error| panic!("{error}"));
+    for source in Source::ALL {
+        harness::check_address_spaces(source.text()).unwrap().unwrap_or_else(|error| panic!("{source:?}: {error}"));
+    }
     for (from, to) in [
         ("threadgroup float* parts = shared", "thread float* parts = shared"),
         ("device float* out = partial", "threadgroup float* out = partial"),
         ("philox(ulong block, constant LoraParams&", "philox(ulong block, device LoraParams&"),
     ] {
-        let error = harness::check_address_spaces(&change(KERNELS, from, to)).unwrap().unwrap_err();
+        let error = harness::check_address_spaces(&change(Source::Lora.text(), from, to)).unwrap().unwrap_err();
         assert!(error.contains("threadgroup") || error.contains("address space"), "{from}: {error}");
     }
 }
@@ -144,14 +247,41 @@ fn address_spaces_agree() {
 /// The plans of the real host give every kernel the memory that it uses; half of it would not do.
 #[test]
 fn threadgroup_memory_is_what_is_used() {
+    let host = compile(Source::Lora);
     for (m, r) in [(1, 6), (40, 5), (40, 40), (2048, 6)] {
         let case = Case::new(m, [48, r, 200], DType::F32, DType::F32);
         let mut plan = case.call.delta().unwrap();
         let mut tensors = case.tensors(&[]);
         tensors.made.insert(Slot::Y, m * 200 * 4);
-        assert!(HOST.run(&plan, &tensors, 1).is_ok());
+        assert!(host.run(&plan, &tensors, 1).is_ok());
         plan.launches[0].threadgroup_bytes = plan.launches[0].threadgroup_bytes / 32 * 16;
-        let error = HOST.run(&plan, &tensors, 2).map(|_| ()).unwrap_err();
+        let error = host.run(&plan, &tensors, 2).map(|_| ()).unwrap_err();
         assert!(error.contains("threadgroup memory"), "m {m}, r {r}: {error}");
+    }
+}
+
+/// The same of the other ops' launches.
+#[test]
+fn threadgroup_memory_of_every_op_is_what_is_used() {
+    let one = [Sequence { q_start: 0, q_len: 40, k_start: 0, k_len: 40 }];
+    let heads = Heads { query: 1, key: 1, size: 64 };
+    for (source, runs) in [
+        (Source::Decoder, decoder::rms_norm(2, 4096, DType::F32, DType::F32)),
+        (Source::Training, [decoder::adamw(5000), decoder::cross_entropy(2, 4096)].concat()),
+        (Source::Attention, attention::attention(&one, heads, None, DType::F32)),
+    ] {
+        let host = compile(source);
+        for run in runs {
+            for index in 0..run.plan.launches.len() {
+                let mut plan = run.plan.clone();
+                let bytes = &mut plan.launches[index].threadgroup_bytes;
+                if *bytes > 0 {
+                    *bytes = *bytes / 32 * 16;
+                    let error = host.run(&plan, &run.tensors, 2).err().unwrap_or_default();
+                    let kernel = &plan.launches[index].kernel;
+                    assert!(error.contains("threadgroup memory"), "{kernel}, {}: '{error}'", run.what);
+                }
+            }
+        }
     }
 }

@@ -85,12 +85,11 @@ pub fn used(device: &Device) -> Result<Option<u64>> {
     Ok(resident())
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn what_is_taken_shows() {
         let before = resident().unwrap();
         let taken = std::hint::black_box(vec![1_u8; 64 << 20]);

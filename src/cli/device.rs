@@ -37,8 +37,11 @@ impl DeviceKind {
                 Err(missing("metal", "this program was not built for an Apple machine".to_string()))
             }
             Self::Metal => {
-                let lacking = "attention, norms and the loss have no kernels for it yet, so models run on the CPU only";
-                Err(missing("metal", format!("{lacking}; the LoRA ops of the library do run there. Use --device cpu")))
+                let lacking = "no model has been tried on an Apple GPU yet, so models run on the CPU only";
+                Err(missing(
+                    "metal",
+                    format!("{lacking}; the ops of the library have kernels for it. Use --device cpu"),
+                ))
             }
         }
     }

@@ -45,7 +45,7 @@ fn machine() {
     let metal = cfg!(all(target_vendor = "apple", feature = "custom-metal"));
     row(
         "metal",
-        if metal { "runs the LoRA ops; models run on the CPU" } else { "this program was built without Metal" },
+        if metal { "has kernels for the ops; models run on the CPU" } else { "this program was built without Metal" },
     );
     let strict = std::env::var("METAL_CANDLE_STRICT").is_ok_and(|value| !value.is_empty() && value != "0");
     row("fallbacks", if strict { "are errors (METAL_CANDLE_STRICT)" } else { "warn once" });

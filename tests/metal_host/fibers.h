@@ -30,6 +30,7 @@ struct Fiber {
     int line = 0;        // of the operation it waits at
     uint64_t trace = 0;  // hash of the simdgroup operations so far
     float offered = 0;   // to the other lanes
+    const float* matrix = nullptr;  // likewise
     bool started = false;
 };
 

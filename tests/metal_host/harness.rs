@@ -1,4 +1,4 @@
-//! Compiles `kernels.metal` for the CPU with `host.cpp`, and runs the launches of a plan there.
+//! Compiles a text of kernels for the CPU with `host.cpp`, and runs the launches of a plan there.
 #![allow(dead_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,11 +7,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use candle_core::DType;
-use metal_candle::backend::metal::plan::{Binding, Launch, Params, Plan, Slot};
+use metal_candle::backend::metal::plan::{Binding, Launch, Plan, Slot, Source};
 
-use crate::common::tolerance;
-
-pub const KERNELS: &str = include_str!("../../src/backend/kernels.metal");
 /// The positions that every kernel takes after its memory.
 pub const PLACES: [&str; 5] = [
     "threadgroup_position_in_grid",
@@ -23,7 +20,7 @@ pub const PLACES: [&str; 5] = [
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/metal_host");
 
-/// `kernels.metal`, compiled. The folder goes when this does.
+/// A text of kernels, compiled. The folder goes when this does.
 pub struct Host {
     folder: tempfile::TempDir,
 }
@@ -33,7 +30,8 @@ impl Host {
     pub fn compile(text: &str) -> Result<Self, String> {
         let folder = tempfile::tempdir().unwrap();
         let mut command = compiler(folder.path(), text);
-        command.arg(if text == KERNELS { "-O1" } else { "-O0" }).arg("-o").arg(folder.path().join("host"));
+        let shipped = Source::ALL.iter().any(|source| source.text() == text);
+        command.arg(if shipped { "-O1" } else { "-O0" }).arg("-o").arg(folder.path().join("host"));
         let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into_owned());
@@ -91,14 +89,17 @@ impl Request {
     pub fn new(plan: &Plan, tensors: &Tensors, orders: u32) -> Self {
         let bindings: Vec<Binding> = plan.launches.iter().flat_map(|launch| launch.bindings.clone()).collect();
         let bound = |slot: Slot| bindings.contains(&Binding::Read(slot)) || bindings.contains(&Binding::Write(slot));
-        let given: Vec<_> = tensors.given.iter().filter(|(slot, _)| bound(**slot) || bindings.is_empty()).collect();
+        let mut given = tensors.given.clone();
+        given.retain(|slot, _| bound(*slot) || bindings.is_empty());
+        let bytes = |table: &[u32]| table.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
+        given.extend(plan.tables.iter().map(|(slot, table)| (*slot, bytes(table))));
         let mut made = tensors.made.clone();
         made.extend(plan.scratch.iter().map(|&(slot, elements)| (slot, elements * 4)));
         let mut request = Self { bytes: Vec::new(), slots: Vec::new() };
         request.number(orders as usize);
         request.number(given.len() + made.len() + plan.launches.len());
         for (slot, content) in given {
-            request.buffer(&format!("{slot:?}"), Some(*slot), content);
+            request.buffer(&format!("{slot:?}"), Some(slot), &content);
         }
         for (slot, size) in made {
             request.text(&format!("{slot:?}"));
@@ -107,7 +108,7 @@ impl Request {
             request.slots.push((Some(slot), size));
         }
         for Launch { params, .. } in &plan.launches {
-            request.buffer("the parameters", None, params_bytes(params));
+            request.buffer("the parameters", None, params);
         }
         request.number(plan.launches.len());
         let parameters = request.slots.len() - plan.launches.len();
@@ -167,11 +168,6 @@ impl Request {
         assert!(output.is_empty(), "the host wrote more than the buffers");
         tensors
     }
-}
-
-fn params_bytes(params: &Params) -> &[u8] {
-    // SAFETY: Params is repr(C) and made of four-byte fields, so it has no padding; the bytes live as long as the borrow.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<Params>()) }
 }
 
 /// The C++ compiler with all but its output set. `text` loses its `[[attributes]]`, which no CPU knows; [`signatures`] has read
@@ -240,12 +236,12 @@ fn without_attributes(text: &str) -> String {
     parts.fold(first, |text, part| text + part.split_once("]]").expect("an attribute that ends").1)
 }
 
-/// Fails to compile unless `LoraParams` of `text` has this size and these offsets.
-pub fn check_layout(text: &str, size: usize, fields: &[(&str, usize)]) -> Result<(), String> {
+/// Fails to compile unless the struct `name` of `text` has this size and these offsets.
+pub fn check_layout(text: &str, name: &str, size: usize, fields: &[(&str, usize)]) -> Result<(), String> {
     let mut text = text.to_string();
-    text += &format!("static_assert(sizeof(LoraParams) == {size}, \"size\");\n");
-    for (name, offset) in fields {
-        text += &format!("static_assert(offsetof(LoraParams, {name}) == {offset}, \"{name}\");\n");
+    text += &format!("static_assert(sizeof({name}) == {size}, \"size\");\n");
+    for (field, offset) in fields {
+        text += &format!("static_assert(offsetof({name}, {field}) == {offset}, \"{field}\");\n");
     }
     let folder = tempfile::tempdir().unwrap();
     let output = compiler(folder.path(), &text).arg("-fsyntax-only").output().unwrap();
@@ -273,7 +269,7 @@ pub fn save_case(
     plan: &Plan,
     tensors: &Tensors,
     results: &BTreeMap<Slot, Vec<u8>>,
-    written: &[(Slot, DType)],
+    written: &[(Slot, DType, f64)],
 ) {
     let Some(folder) = std::env::var_os("METAL_HOST_CASES") else { return };
     let request = Request::new(plan, tensors, 1);
@@ -284,8 +280,8 @@ pub fn save_case(
     case.extend(what.as_bytes());
     case.extend(&request.bytes);
     for (slot, _) in &request.slots {
-        let compared = written.iter().find(|(found, _)| Some(*found) == *slot);
-        let Some((slot, dtype)) = compared else {
+        let compared = written.iter().find(|(found, ..)| Some(*found) == *slot);
+        let Some((slot, dtype, limit)) = compared else {
             case.extend(0_u32.to_le_bytes());
             continue;
         };
@@ -295,7 +291,7 @@ pub fn save_case(
             _ => 1,
         };
         case.extend(number.to_le_bytes());
-        case.extend((tolerance(*dtype) as f32).to_le_bytes());
+        case.extend((*limit as f32).to_le_bytes());
         case.extend((results[slot].len() as u32).to_le_bytes());
         case.extend(&results[slot]);
     }

@@ -32,6 +32,7 @@ struct Region {
     char* map = nullptr;
     size_t map_size = 0;
     char* data = nullptr;
+    size_t open = 0;  // bytes that can be touched
 };
 
 std::vector<Region*> regions;
@@ -56,6 +57,9 @@ void place(Region& region, bool at_end) {
     }
     char* start = region.map + GUARD_BYTES;
     mprotect(start, pages, PROT_READ | PROT_WRITE);
+    // An earlier launch may have had more.
+    if (region.open > pages) mprotect(start + pages, region.open - pages, PROT_NONE);
+    region.open = pages;
     memset(start, 0xff, pages);
     region.data = at_end ? start + pages - region.size : start;
 }

@@ -1,4 +1,4 @@
-// What kernels.metal uses of the Metal Shading Language, for a CPU's C++ compiler.
+// What the kernels use of the Metal Shading Language, for a CPU's C++ compiler.
 //
 // Address spaces mean nothing to a CPU; with CHECK_ADDRESS_SPACES Clang checks them and nothing is run.
 #pragma once
@@ -114,6 +114,9 @@ struct bfloat {
 
 inline uint min(uint a, uint b) { return a < b ? a : b; }
 inline uint max(uint a, uint b) { return a > b ? a : b; }
+using std::exp;
+using std::log;
+using std::sqrt;
 inline uint mulhi(uint a, uint b) { return uint(ulong(a) * b >> 32); }
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
@@ -132,17 +135,27 @@ inline void simdgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
     host::wait_for(host::Wait::Simdgroup, line);
 }
 
-inline float simd_sum(float value, int line = __builtin_LINE()) {
+// What the lanes offer, joined in pairs; every lane gets it.
+template <typename F>
+inline float join_lanes(float value, F join, int line) {
     host::self().offered = value;
     host::wait_for(host::Wait::Simdgroup, line);
     uint first = host::now().current / host::LANE_COUNT * host::LANE_COUNT;
     float lanes[host::LANE_COUNT];
     for (uint i = 0; i < host::LANE_COUNT; i++) lanes[i] = host::now().fibers[first + i].offered;
     for (uint width = host::LANE_COUNT / 2; width > 0; width /= 2)
-        for (uint i = 0; i < width; i++) lanes[i] += lanes[i + width];
+        for (uint i = 0; i < width; i++) lanes[i] = join(lanes[i], lanes[i + width]);
     // No lane may offer its next value before all have read this one.
     host::wait_for(host::Wait::Simdgroup, line);
     return lanes[0];
+}
+
+inline float simd_sum(float value, int line = __builtin_LINE()) {
+    return join_lanes(value, [](float a, float b) { return a + b; }, line);
+}
+
+inline float simd_max(float value, int line = __builtin_LINE()) {
+    return join_lanes(value, [](float a, float b) { return a > b ? a : b; }, line);
 }
 
 // A matrix that a simdgroup holds together. A lane holds two elements of a result; of a loaded matrix it holds all, so that
@@ -185,11 +198,25 @@ inline void simdgroup_store(const simdgroup_float8x8& matrix, threadgroup float*
     for (uint e = own_element(); e < own_element() + 2; e++) target[e / 8 * row_length + e % 8] = matrix.elements[e];
 }
 
+// All of a matrix of which each lane holds two elements.
+inline simdgroup_float8x8 gather(const simdgroup_float8x8& matrix, int line) {
+    host::self().matrix = matrix.elements;
+    host::wait_for(host::Wait::Simdgroup, line);
+    uint first = host::now().current / host::LANE_COUNT * host::LANE_COUNT;
+    simdgroup_float8x8 whole;
+    for (uint e = 0; e < 64; e++) whole.elements[e] = host::now().fibers[first + e / 2].matrix[e];
+    whole.whole = true;
+    // No lane may change its elements before all have read them.
+    host::wait_for(host::Wait::Simdgroup, line);
+    return whole;
+}
+
 // d = a b + c
-inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, const simdgroup_float8x8& a, const simdgroup_float8x8& b,
+inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, const simdgroup_float8x8& a, const simdgroup_float8x8& right,
                                           const simdgroup_float8x8& c, int line = __builtin_LINE()) {
     trace(line);
-    if (!a.whole || !b.whole) host::fail("a product's factor must be a loaded matrix", line);
+    if (!a.whole) host::fail("a product's left factor must be a loaded matrix", line);
+    const simdgroup_float8x8 b = right.whole ? right : gather(right, line);
     for (uint e = own_element(); e < own_element() + 2; e++) {
         float sum = c.elements[e];
         for (uint i = 0; i < 8; i++) sum += a.elements[e / 8 * 8 + i] * b.elements[i * 8 + e % 8];

@@ -19,6 +19,8 @@ use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::{self, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "attention";
@@ -64,6 +66,10 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, args: AttentionArgs) -> Resul
     if cuda::takes(q.device()) {
         return cuda::attention::forward(q, k, v, args);
     }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if q.device().is_metal() {
+        return metal::attention::forward(q, k, v, args);
+    }
     on_cpu(OP, &[q, k, v])?;
     let (held_q, k, v) = (Held::of(OP, "q", q)?, Held::of(OP, "k", k)?, Held::of(OP, "v", v)?);
     let (o, lse) = cpu::attention::forward(held_q.floats(), k.floats(), v.floats(), sizes, args);
@@ -89,6 +95,12 @@ pub fn backward(
         expect_dtype(OP, "o", o, q.dtype())?;
         expect_dtype(OP, "g", g, q.dtype())?;
         return cuda::attention::backward(q, k, v, o, lse, g, args);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if q.device().is_metal() {
+        expect_dtype(OP, "o", o, q.dtype())?;
+        expect_dtype(OP, "g", g, q.dtype())?;
+        return metal::attention::backward(q, k, v, o, lse, g, args);
     }
     on_cpu(OP, &[q, k, v, o, lse, g])?;
     let [q_held, k_held, v_held, o, g] = [

@@ -4,7 +4,7 @@
 //! `hidden` `[T, H]` and `head` `[V, H]` f32, f16 or bf16, each of its own dtype; `targets` T ids, of which rows with
 //! [`IGNORE`] are left out before any work. The counted rows are taken in chunks whose logits fit in a bounded buffer; in
 //! backward the chunk's logits become `scale · (softmax(z) - onehot)` in place, which gives `dhidden = P · head` and
-//! `dhead += Pᵀ · hidden` at once. On a GPU P is rounded to hidden's dtype. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
+//! `dhead += Pᵀ · hidden` at once. On CUDA P is rounded to hidden's dtype. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
 //! (Wijmans et al., "Cut your losses in large-vocabulary language models", 2024).
 
 use candle_core::{DType, Tensor};
@@ -16,6 +16,8 @@ use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::update;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "cross_entropy";
@@ -65,7 +67,7 @@ pub struct Pending {
 enum Sum {
     Ready(f64),
     /// Of each row, f32.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", all(target_vendor = "apple", feature = "custom-metal")))]
     Rows(Tensor),
 }
 
@@ -74,7 +76,7 @@ impl Pending {
         Self { sum: Sum::Ready(sum), count }
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", all(target_vendor = "apple", feature = "custom-metal")))]
     pub(crate) fn on_gpu(rows: Tensor, count: usize) -> Self {
         Self { sum: Sum::Rows(rows), count }
     }
@@ -83,15 +85,27 @@ impl Pending {
     ///
     /// # Errors
     /// What went wrong on the GPU.
-    #[cfg_attr(not(feature = "cuda"), allow(clippy::infallible_destructuring_match))]
+    #[cfg_attr(
+        not(any(feature = "cuda", all(target_vendor = "apple", feature = "custom-metal"))),
+        allow(clippy::infallible_destructuring_match)
+    )]
     pub fn read(self) -> Result<Loss> {
         let sum = match self.sum {
             Sum::Ready(sum) => sum,
-            #[cfg(feature = "cuda")]
-            Sum::Rows(rows) => cuda::cross_entropy::sum(&rows)?,
+            #[cfg(any(feature = "cuda", all(target_vendor = "apple", feature = "custom-metal")))]
+            Sum::Rows(rows) => sum_of(&rows)?,
         };
         Ok(Loss { sum, count: self.count })
     }
+}
+
+#[cfg(any(feature = "cuda", all(target_vendor = "apple", feature = "custom-metal")))]
+fn sum_of(rows: &Tensor) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if cuda::takes(rows.device()) {
+        return cuda::cross_entropy::sum(rows);
+    }
+    Ok(rows.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
 }
 
 /// The loss alone.
@@ -100,6 +114,10 @@ pub fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Loss> 
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device()) {
         return cuda::cross_entropy::run(hidden, head, targets, &counted, None, None)?.0.read();
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if hidden.device().is_metal() {
+        return metal::cross_entropy::loss(hidden, head, targets, &counted, None, None)?.0.read();
     }
     on_cpu(OP, &[hidden, head])?;
     let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
@@ -124,6 +142,12 @@ pub fn forward_backward(
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device())
         && let (loss, Some(dhidden)) = cuda::cross_entropy::run(hidden, head, targets, &counted, Some(scale), dhead)?
+    {
+        return Ok((loss, dhidden));
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if hidden.device().is_metal()
+        && let (loss, Some(dhidden)) = metal::cross_entropy::loss(hidden, head, targets, &counted, Some(scale), dhead)?
     {
         return Ok((loss, dhidden));
     }

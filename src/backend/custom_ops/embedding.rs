@@ -9,6 +9,8 @@ use super::check::{dims2, expect_dtype, float, on_cpu, shape};
 use crate::backend::cpu::{self, by_dtype, tensor, update, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "embedding";
@@ -21,6 +23,10 @@ pub fn forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::takes(table.device()) {
         return cuda::embedding::forward(table, ids);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if table.device().is_metal() {
+        return metal::embedding::forward(table, ids);
     }
     on_cpu(OP, &[table])?;
     by_dtype!(OP, "table", table.dtype(), T => {
@@ -45,6 +51,10 @@ pub fn backward(ids: &[u32], g: &Tensor, dtable: &Tensor) -> Result<()> {
     #[cfg(feature = "cuda")]
     if cuda::takes(g.device()) {
         return cuda::embedding::backward(ids, g, dtable);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if g.device().is_metal() {
+        return metal::embedding::backward(ids, g, dtable);
     }
     on_cpu(OP, &[g, dtable])?;
     by_dtype!(OP, "g", g.dtype(), T => {

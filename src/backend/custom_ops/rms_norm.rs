@@ -11,6 +11,8 @@ use super::tape::record;
 use crate::backend::cpu::{self, by_dtype, tensor, update, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "rms_norm";
@@ -21,6 +23,11 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<(Tensor, Tensor)
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
         let (_, y, rstd) = cuda::rms_norm::forward(x, None, weight, eps, m)?;
+        return Ok((y, rstd));
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if x.device().is_metal() {
+        let (_, y, rstd) = metal::rms_norm::forward(x, None, weight, eps)?;
         return Ok((y, rstd));
     }
     on_cpu(OP, &[x, weight])?;
@@ -39,6 +46,12 @@ pub fn forward_add(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> 
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device())
         && let (Some(sum), y, rstd) = cuda::rms_norm::forward(x, Some(residual), weight, eps, m)?
+    {
+        return Ok((sum, y, rstd));
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if x.device().is_metal()
+        && let (Some(sum), y, rstd) = metal::rms_norm::forward(x, Some(residual), weight, eps)?
     {
         return Ok((sum, y, rstd));
     }
@@ -77,6 +90,10 @@ pub fn backward(
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
         return cuda::rms_norm::backward(x, weight, rstd, g, dx, dweight, m);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if x.device().is_metal() {
+        return metal::rms_norm::backward(x, weight, rstd, g, dx, dweight);
     }
     on_cpu(OP, &[x, weight, rstd, g, dx])?;
     let sums = by_dtype!(OP, "x", x.dtype(), T => by_dtype!(OP, "weight", weight.dtype(), W => {

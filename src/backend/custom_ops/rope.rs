@@ -11,6 +11,8 @@ use super::tape::record;
 use crate::backend::cpu::{self, by_dtype, update, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "rope";
@@ -40,6 +42,10 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &[u32], inverse
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
         return cuda::rope::rotate(x, cos, sin, positions, heads, inverse);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if x.device().is_metal() {
+        return metal::rope::rotate(x, cos, sin, positions, inverse);
     }
     on_cpu(OP, &[x, cos, sin])?;
     let (cos, sin) = (view::<f32>(OP, "cos", cos)?, view::<f32>(OP, "sin", sin)?);

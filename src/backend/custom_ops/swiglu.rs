@@ -11,6 +11,8 @@ use super::tape::record;
 use crate::backend::cpu::{self, by_dtype, same_storage, tensor, update, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::{Error, Result};
 
 const OP: &str = "swiglu";
@@ -32,6 +34,10 @@ pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Ten
     if cuda::takes(gate.device()) {
         return cuda::swiglu::forward(gate, up, activation);
     }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if gate.device().is_metal() {
+        return metal::swiglu::forward(gate, up, activation);
+    }
     on_cpu(OP, &[gate, up])?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
         let mut y = vec![T::default(); gate.elem_count()];
@@ -46,6 +52,10 @@ pub fn backward(gate: &Tensor, up: &Tensor, g: &Tensor, activation: Activation) 
     #[cfg(feature = "cuda")]
     if cuda::takes(gate.device()) {
         return cuda::swiglu::backward(gate, up, g, activation);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if gate.device().is_metal() {
+        return metal::swiglu::backward(gate, up, g, activation);
     }
     on_cpu(OP, &[gate, up, g])?;
     by_dtype!(OP, "gate", gate.dtype(), T => {
@@ -68,6 +78,15 @@ pub fn backward_in_place(gate: &Tensor, up: &Tensor, g: &Tensor, activation: Act
     #[cfg(feature = "cuda")]
     if cuda::takes(gate.device()) {
         return cuda::swiglu::backward_in_place(gate, up, g, activation);
+    }
+    #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+    if gate.device().is_metal() {
+        let y = metal::swiglu::forward(gate, up, activation)?;
+        let (dgate, dup) = metal::swiglu::backward(gate, up, g, activation)?;
+        for (to, from) in [(gate, dgate), (up, dup), (g, y)] {
+            to.slice_set(&from, 0, 0)?;
+        }
+        return Ok(());
     }
     on_cpu(OP, &[gate, up, g])?;
     by_dtype!(OP, "gate", gate.dtype(), T => update::<T, _>(OP, "gate", gate, |gate| {

@@ -1,88 +1,111 @@
-//! Which kernels of `kernels.metal` one call of the op launches, with which tiles, grids, threadgroup memory and parameters.
+//! Which kernels one call of an op launches, with which grids, threadgroup memory and parameters: a file an op.
 //!
 //! Nothing here touches a device: the host side for Apple GPUs encodes these launches, and the tests run the same ones where
 //! there is no Apple GPU.
 
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod fused_lora;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
 use candle_core::DType;
 
-use crate::backend::dropout::Dropout;
 use crate::{Error, Result};
-
-const OP: &str = "fused_lora";
 
 /// Threads of a simdgroup.
 pub const LANES: usize = 32;
 /// What every Apple GPU allows a threadgroup, in bytes.
 pub const THREADGROUP_BYTES: usize = 32 << 10;
 
-// The constants of kernels.metal, in floats.
-const DEPTH: usize = 16;
-const RANK_BLOCK: usize = 32;
-const COLUMNS: usize = 32;
-
-/// What the kernels read at their parameters' index: `LoraParams` of kernels.metal, field for field.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Params {
-    /// The product of all but the last two dimensions of x.
-    pub batch_size: u32,
-    /// m = batch_size · seq_len.
-    pub seq_len: u32,
-    /// k
-    pub in_features: u32,
-    /// r
-    pub rank: u32,
-    /// n
-    pub out_features: u32,
-    /// s
-    pub scaling: f32,
-    /// An element is dropped where its word is under this; 0: no dropout.
-    pub dropout_threshold: u32,
-    /// 1 / (1 - p).
-    pub dropout_scale: f32,
-    /// The seed, low word.
-    pub seed_low: u32,
-    /// The seed, high word.
-    pub seed_high: u32,
-    /// The stream, low word.
-    pub stream_low: u32,
-    /// The stream, high word.
-    pub stream_high: u32,
-    /// Rows that one partial sum of dA or dB covers.
-    pub rows_per_chunk: u32,
-    /// How many partial sums there are.
-    pub chunks: u32,
-    /// Elements of each.
-    pub elements: u32,
+/// A text of kernels, compiled as one library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// The LoRA op.
+    Lora,
+    /// Norm, rotary embedding, SwiGLU and embedding.
+    Decoder,
+    /// The loss and the optimizer.
+    Training,
+    /// Attention.
+    Attention,
 }
 
-/// A tensor that a launch binds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Slot {
-    /// x, `[m, k]`
-    X,
-    /// A, `[k, r]`
-    A,
-    /// B, `[r, n]`
-    B,
-    /// The output, `[m, n]`
-    Y,
-    /// h = drop(x) A, `[m, r]` f32
+impl Source {
+    /// Every text.
+    pub const ALL: [Self; 4] = [Self::Lora, Self::Decoder, Self::Training, Self::Attention];
+
+    /// The text that is compiled. All but the LoRA op's begin with `common.metal`.
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Lora => include_str!("../kernels.metal"),
+            Self::Decoder => concat!(include_str!("common.metal"), include_str!("decoder.metal")),
+            Self::Attention => concat!(
+                include_str!("common.metal"),
+                include_str!("attention_tiles.metal"),
+                include_str!("attention.metal")
+            ),
+            Self::Training => concat!(include_str!("common.metal"), include_str!("training.metal")),
+        }
+    }
+
+    /// The file, for messages.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Lora => "kernels.metal",
+            Self::Decoder => "decoder.metal",
+            Self::Training => "training.metal",
+            Self::Attention => "attention.metal",
+        }
+    }
+}
+
+macro_rules! slots {
+    ($($(#[$doc:meta])* $slot:ident),* $(,)?) => {
+        /// A tensor that a launch binds, by the name that its op's document gives it.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[allow(missing_docs)]
+        pub enum Slot {
+            $($(#[$doc])* $slot),*
+        }
+    };
+}
+
+slots! {
+    // Of several ops.
+    X, Y, G, Dx, Weight, Dweight, Ids,
+    /// The parts of a sum that several threadgroups make.
+    Parts,
+    // fused_lora: `[m, k]`, `[k, r]`, `[r, n]`; h and u `[m, r]` f32; gradients f32.
+    A, B,
+    /// h = drop(x) A
     H,
-    /// g, `[m, n]`
-    G,
-    /// u = s · g Bᵀ, `[m, r]` f32
+    /// u = s · g Bᵀ
     U,
-    /// dx, `[m, k]`
-    Dx,
-    /// dA, `[k, r]` f32
-    Da,
-    /// dB, `[r, n]` f32
-    Db,
-    /// The chunks' parts of dA, `[chunks, k, r]` f32
-    PartialA,
-    /// The chunks' parts of dB, `[chunks, r, n]` f32
-    PartialB,
+    Da, Db, PartialA, PartialB,
+    // rms_norm
+    Residual, Sum, Rstd,
+    // rope
+    Cos, Sin, Positions,
+    // swiglu
+    Gate, Up, Dgate, Dup,
+    // embedding
+    Table, Dtable,
+    /// Where the tokens of each id start, and where the last ones end.
+    Starts,
+    /// The tokens, by id.
+    Tokens,
+    // adamw
+    Block, Grads,
+    // cross_entropy
+    Logits, Targets, Losses,
+    // attention
+    Q, K, V, O, Lse, Delta, Dq, Dk, Dv,
+    /// Rows of four: q_start, q_len, k_start, k_len.
+    Sequences,
 }
 
 /// One buffer index of a launch; its place in [`Launch::bindings`] is the index.
@@ -99,12 +122,14 @@ pub enum Binding {
 /// One launch of a kernel.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Launch {
-    /// The kernel's name in the library.
+    /// The text that has the kernel.
+    pub source: Source,
+    /// The kernel's name in its library.
     pub kernel: String,
     /// By buffer index.
     pub bindings: Vec<Binding>,
-    /// The parameters.
-    pub params: Params,
+    /// The parameters as the kernel reads them.
+    pub params: Vec<u8>,
     /// Threadgroups of the grid.
     pub grid: [usize; 3],
     /// Threads of a threadgroup, a multiple of [`LANES`].
@@ -113,273 +138,49 @@ pub struct Launch {
     pub threadgroup_bytes: usize,
 }
 
-/// Launches in order, and the f32 tensors to allocate for them.
+/// Launches in order, and the tensors that they need beside the op's own.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Plan {
     /// In order: each may read what an earlier one wrote.
     pub launches: Vec<Launch>,
-    /// Elements of each scratch tensor.
+    /// Elements of each f32 scratch tensor.
     pub scratch: Vec<(Slot, usize)>,
+    /// Numbers of the host that kernels read.
+    pub tables: Vec<(Slot, Vec<u32>)>,
 }
 
-/// The sizes and dtypes of one call.
-#[derive(Debug, Clone, Copy)]
-pub struct Call {
-    /// All but the last two dimensions of x, multiplied.
-    pub batch: usize,
-    /// m = batch · seq.
-    pub seq: usize,
-    /// Columns of x.
-    pub k: usize,
-    /// The rank.
-    pub r: usize,
-    /// Columns of B.
-    pub n: usize,
-    /// s = alpha / r.
-    pub s: f64,
-    /// On x.
-    pub dropout: Option<Dropout>,
-    /// Of x.
-    pub x: DType,
-    /// Of A and B: f32 or x's.
-    pub adapter: DType,
-}
-
-/// How rows are cut into threadgroups.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tile {
-    /// One row, by simdgroup reductions: decoding.
-    Row,
-    /// 8 rows, by simdgroup matrices: enough threadgroups for every core from some tens of rows on.
-    Short,
-    /// 32 rows, by simdgroup matrices: A and B are read a quarter as often, where rows are plenty.
-    Tall,
-}
-
-impl Tile {
-    /// The tile for m rows and rank r.
-    ///
-    /// A tall tile keeps 32 · r floats in threadgroup memory: over rank 64 that would leave a core one threadgroup.
-    pub fn choose(m: usize, r: usize) -> Self {
-        match m {
-            0..=4 => Self::Row,
-            2048.. if r <= 64 => Self::Tall,
-            _ => Self::Short,
+/// A struct of a kernel's parameters: fields of four bytes, `bytes()` as the kernel reads them, `LAYOUT` for the tests.
+macro_rules! params {
+    ($(#[$doc:meta])* pub struct $name:ident { $($(#[$field_doc:meta])* pub $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug, Clone, Copy, PartialEq, Default)]
+        pub struct $name {
+            $($(#[$field_doc])* pub $field: $type,)*
         }
-    }
 
-    /// Rows of a threadgroup.
-    pub fn rows(self) -> usize {
-        match self {
-            Self::Row => 1,
-            Self::Short => 8,
-            Self::Tall => 32,
-        }
-    }
+        impl $name {
+            /// Each field's name and offset.
+            pub const LAYOUT: &[(&'static str, usize)] =
+                &[$((stringify!($field), std::mem::offset_of!($name, $field))),*];
 
-    fn suffix(self) -> &'static str {
-        match self {
-            Self::Row => "_row",
-            Self::Short => "",
-            Self::Tall => "_tall",
-        }
-    }
-
-    /// Floats of threadgroup memory: for the threadgroup, and more for each simdgroup.
-    fn floats(self, r: usize) -> (usize, usize) {
-        let padded = r.next_multiple_of(8);
-        match self {
-            Self::Row => (r, r),
-            Self::Short | Self::Tall => {
-                let rows = self.rows();
-                (rows * padded, (DEPTH * (rows + padded.min(RANK_BLOCK))).max(rows * COLUMNS))
+            /// Field after field.
+            pub fn bytes(&self) -> Vec<u8> {
+                [$(self.$field.to_ne_bytes()),*].concat()
             }
         }
-    }
+    };
+}
+use params;
 
-    /// Simdgroups of a threadgroup and its bytes of memory. `width` is the longest loop that simdgroups share: k or n.
-    fn simdgroups(self, r: usize, width: usize) -> Result<(usize, usize)> {
-        // Work of less than two slices of the contraction, or four columns a thread, is not worth a simdgroup.
-        let (share, most) = match self {
-            Self::Row => (4 * LANES, 16),
-            Self::Short => (2 * COLUMNS, 8),
-            Self::Tall => (2 * COLUMNS, 4),
-        };
-        let (floats, each) = self.floats(r);
-        let room = (THREADGROUP_BYTES / size_of::<f32>()).saturating_sub(floats) / each;
-        if room == 0 {
-            return Err(Error::op(OP, format!("rank {r} needs more threadgroup memory than an Apple GPU has")));
-        }
-        let simdgroups = width.div_ceil(share).min(most).min(room);
-        let bytes = (floats + simdgroups * each) * size_of::<f32>();
-        Ok((simdgroups, bytes.next_multiple_of(16)))
-    }
+/// A count that kernels take in 31 bits, so that loops and tiles may run past the end in 32.
+fn narrow(op: &'static str, name: &str, value: usize) -> Result<u32> {
+    i32::try_from(value)
+        .map(|value| value as u32)
+        .map_err(|_| Error::op(op, format!("{name} is {value}; the Metal kernels count to 2³¹ - 1")))
 }
 
-impl Call {
-    /// m
-    pub fn rows(&self) -> usize {
-        self.batch * self.seq
-    }
-
-    fn params(&self) -> Result<Params> {
-        let narrow = |name: &str, value: usize| {
-            // In 31 bits, so that loops and tiles may run past the end in 32.
-            i32::try_from(value)
-                .map(|value| value as u32)
-                .map_err(|_| Error::op(OP, format!("{name} is {value}; the Metal kernels count to 2³¹ - 1")))
-        };
-        narrow("k · r", self.k * self.r)?;
-        narrow("r · n", self.r * self.n)?;
-        narrow("m", self.rows())?;
-        let dropout = self.dropout.unwrap_or(Dropout { p: 0.0, seed: 0, stream: 0 });
-        Ok(Params {
-            batch_size: narrow("batch", self.batch)?,
-            seq_len: narrow("seq", self.seq)?,
-            in_features: narrow("k", self.k)?,
-            rank: narrow("r", self.r)?,
-            out_features: narrow("n", self.n)?,
-            scaling: self.s as f32,
-            dropout_threshold: dropout.threshold(),
-            dropout_scale: 1.0 / (1.0 - dropout.p),
-            seed_low: dropout.seed as u32,
-            seed_high: (dropout.seed >> 32) as u32,
-            stream_low: dropout.stream as u32,
-            stream_high: (dropout.stream >> 32) as u32,
-            ..Params::default()
-        })
-    }
-
-    /// A launch over tiles of rows. `types` are the kernel's, in order; the last is not named where all are f32.
-    fn tiled(&self, function: &str, types: &[DType], bindings: Vec<Binding>) -> Result<Launch> {
-        let tile = Tile::choose(self.rows(), self.r);
-        let (simdgroups, threadgroup_bytes) = tile.simdgroups(self.r, self.k.max(self.n))?;
-        Ok(Launch {
-            kernel: format!("{function}{}{}", tile.suffix(), type_suffix(types)),
-            bindings,
-            params: self.params()?,
-            grid: [self.rows().div_ceil(tile.rows()), 1, 1],
-            threads: simdgroups * LANES,
-            threadgroup_bytes,
-        })
-    }
-
-    /// `y = s · (drop(x) A) B` in one launch.
-    ///
-    /// # Errors
-    /// Sizes that the kernels cannot take.
-    pub fn delta(&self) -> Result<Plan> {
-        use Binding::{Params, Read, Write};
-        let bindings = vec![Read(Slot::X), Read(Slot::A), Read(Slot::B), Write(Slot::Y), Params];
-        let launch = self.tiled("fused_lora_forward", &[self.x, self.adapter], bindings)?;
-        Ok(Plan { launches: self.unless_empty(vec![launch]), scratch: Vec::new() })
-    }
-
-    /// `y += s · (drop(x) A) B` in one launch; h = drop(x) A is written to [`Slot::H`]. `y` is the dtype of the output.
-    ///
-    /// # Errors
-    /// Sizes that the kernels cannot take.
-    pub fn add_into(&self, y: DType) -> Result<Plan> {
-        use Binding::{Params, Read, Write};
-        let bindings = vec![Read(Slot::X), Read(Slot::A), Read(Slot::B), Write(Slot::Y), Params, Write(Slot::H)];
-        let launch = self.tiled("fused_lora_add_into", &[self.x, self.adapter, y], bindings)?;
-        Ok(Plan { launches: self.unless_empty(vec![launch]), scratch: Vec::new() })
-    }
-
-    /// The wanted gradients, each added to its tensor. `g` and `dx` are dtypes; with `has_h`, [`Slot::H`] is there already.
-    ///
-    /// # Errors
-    /// Sizes that the kernels cannot take.
-    pub fn backward(&self, g: DType, dx: Option<DType>, da: bool, db: bool, has_h: bool) -> Result<Plan> {
-        use Binding::{Params, Read, Write};
-        let mut plan = Plan::default();
-        if dx.is_some() || da {
-            let bindings = vec![Read(Slot::G), Read(Slot::B), Write(Slot::U), Params];
-            plan.launches.push(self.tiled("fused_lora_project_g", &[g, self.adapter], bindings)?);
-            plan.scratch.push((Slot::U, self.rows() * self.r));
-        }
-        if let Some(dx) = dx {
-            let bindings = vec![Read(Slot::U), Read(Slot::A), Write(Slot::Dx), Params];
-            plan.launches.push(self.tiled("fused_lora_expand", &[self.adapter, dx], bindings)?);
-        }
-        if da {
-            self.weight_gradient(
-                "fused_lora_gradient_a",
-                self.x,
-                self.k,
-                [Slot::X, Slot::U, Slot::PartialA, Slot::Da],
-                &mut plan,
-            )?;
-        }
-        if db {
-            if !has_h {
-                let bindings = vec![Read(Slot::X), Read(Slot::A), Write(Slot::H), Params];
-                plan.launches.push(self.tiled("fused_lora_project_x", &[self.x, self.adapter], bindings)?);
-                plan.scratch.push((Slot::H, self.rows() * self.r));
-            }
-            self.weight_gradient(
-                "fused_lora_gradient_b",
-                g,
-                self.n,
-                [Slot::G, Slot::H, Slot::PartialB, Slot::Db],
-                &mut plan,
-            )?;
-        }
-        plan.launches = self.unless_empty(plan.launches);
-        Ok(plan)
-    }
-
-    /// Partial sums over chunks of rows, then their sum. `slots`: the wide and the narrow factor, the parts, the gradient.
-    fn weight_gradient(
-        &self,
-        kernel: &str,
-        wide: DType,
-        columns: usize,
-        slots: [Slot; 4],
-        plan: &mut Plan,
-    ) -> Result<()> {
-        use Binding::{Params, Read, Write};
-        const SIMDGROUPS: usize = 4;
-        // Enough threadgroups for every core of the largest GPU, but chunks of at least 64 rows: each costs a pass over
-        // memory of the gradient's size.
-        let (column_groups, rank_groups) = (columns.div_ceil(SIMDGROUPS * COLUMNS), self.r.div_ceil(RANK_BLOCK));
-        let wanted = 256_usize.div_ceil(column_groups * rank_groups);
-        let chunks = wanted.min(self.rows().div_ceil(64)).max(1);
-        let rows_per_chunk = self.rows().div_ceil(chunks).next_multiple_of(8).max(8);
-        let chunks = self.rows().div_ceil(rows_per_chunk);
-        let elements = columns * self.r;
-        let params = self::Params {
-            rows_per_chunk: rows_per_chunk as u32,
-            chunks: chunks as u32,
-            elements: elements as u32,
-            ..self.params()?
-        };
-        let [wide_slot, narrow_slot, partial, gradient] = slots;
-        plan.scratch.push((partial, chunks * elements));
-        plan.launches.push(Launch {
-            kernel: format!("{kernel}{}", type_suffix(&[wide])),
-            bindings: vec![Read(wide_slot), Read(narrow_slot), Write(partial), Params],
-            params,
-            grid: [column_groups, chunks, rank_groups],
-            threads: SIMDGROUPS * LANES,
-            threadgroup_bytes: SIMDGROUPS * COLUMNS * RANK_BLOCK * size_of::<f32>(),
-        });
-        plan.launches.push(Launch {
-            kernel: "fused_lora_sum".to_string(),
-            bindings: vec![Read(partial), Write(gradient), Params],
-            params,
-            grid: [elements.div_ceil(256), 1, 1],
-            threads: 256,
-            threadgroup_bytes: 0,
-        });
-        Ok(())
-    }
-
-    fn unless_empty(&self, launches: Vec<Launch>) -> Vec<Launch> {
-        if self.rows() == 0 { Vec::new() } else { launches }
-    }
-}
-
+/// The end of a kernel's name: its dtypes; nothing where all are f32.
 fn type_suffix(types: &[DType]) -> String {
     match types.iter().all(|dtype| *dtype == DType::F32) {
         true => String::new(),
@@ -387,61 +188,98 @@ fn type_suffix(types: &[DType]) -> String {
     }
 }
 
+/// Threads of a threadgroup that shares `count` elements: whole simdgroups, at most `most` threads.
+fn threads(count: usize, most: usize) -> usize {
+    count.next_multiple_of(LANES).clamp(LANES, most)
+}
+
+/// Threads of a threadgroup of elementwise kernels, and elements that each makes.
+const ELEMENT_THREADS: usize = 256;
+const ELEMENTS: usize = 4;
+
+impl Launch {
+    /// A launch over `count` elements.
+    fn over_elements(source: Source, kernel: String, bindings: Vec<Binding>, params: Vec<u8>, count: usize) -> Self {
+        Self {
+            source,
+            kernel,
+            bindings,
+            params,
+            grid: [count.div_ceil(ELEMENT_THREADS * ELEMENTS), 1, 1],
+            threads: ELEMENT_THREADS,
+            threadgroup_bytes: 0,
+        }
+    }
+
+    /// A launch with a threadgroup for each of `rows` rows of `width` elements; `sums` floats a simdgroup to share.
+    fn over_rows(
+        source: Source,
+        kernel: String,
+        bindings: Vec<Binding>,
+        params: Vec<u8>,
+        [rows, width]: [usize; 2],
+        sums: usize,
+    ) -> Self {
+        // A thread with less than four elements is not worth its simdgroup's part of the sums.
+        let threads = threads(width.div_ceil(4), 512);
+        Self {
+            source,
+            kernel,
+            bindings,
+            params,
+            grid: [rows, 1, 1],
+            threads,
+            threadgroup_bytes: (sums * threads / LANES * size_of::<f32>()).next_multiple_of(16),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn call(m: usize, k: usize, r: usize, n: usize) -> Call {
-        Call { batch: 1, seq: m, k, r, n, s: 1.0, dropout: None, x: DType::F32, adapter: DType::F32 }
-    }
-
-    #[test]
-    fn decode_prompt_and_batch_take_different_tiles() {
-        let tile = |m| call(m, 1024, 16, 1024).delta().unwrap().launches[0].kernel.clone();
-        assert_eq!(tile(1), "fused_lora_forward_row");
-        assert_eq!(tile(128), "fused_lora_forward");
-        assert_eq!(tile(8192), "fused_lora_forward_tall");
-        assert_eq!(Tile::choose(8192, 256), Tile::Short);
-    }
-
-    #[test]
-    fn every_rank_to_512_fits_every_apple_gpu() {
-        for r in 1..=512 {
-            for m in [1, 128, 8192] {
-                for width in [1, 77, 512, 16384] {
-                    let plan = call(m, width, r, 64).add_into(DType::F32).unwrap();
-                    let launch = &plan.launches[0];
-                    assert!(launch.threadgroup_bytes <= THREADGROUP_BYTES && launch.threads <= 512, "{launch:?}");
-                    assert!(launch.threads >= LANES && launch.threads.is_multiple_of(LANES), "{launch:?}");
-                }
-            }
-        }
-        let error = call(128, 64, 4096, 64).delta().unwrap_err().to_string();
-        assert!(error.contains("4096"), "{error}");
-    }
-
-    #[test]
-    fn chunks_cover_every_row_once() {
-        for m in [1, 7, 8, 64, 65, 129, 1000, 8192, 100_003] {
-            let plan = call(m, 96, 8, 40).backward(DType::F32, None, true, true, true).unwrap();
-            for launch in plan.launches.iter().filter(|launch| launch.kernel.contains("gradient")) {
-                let (rows, chunks) = (launch.params.rows_per_chunk as usize, launch.grid[1]);
-                assert!(chunks * rows >= m && (chunks - 1) * rows < m && rows.is_multiple_of(8), "{m}: {launch:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn no_rows_no_launches() {
-        assert!(call(0, 8, 2, 8).delta().unwrap().launches.is_empty());
-        assert!(
-            call(0, 8, 2, 8).backward(DType::F32, Some(DType::F32), true, true, false).unwrap().launches.is_empty()
-        );
-    }
+    use crate::backend::cpu::adamw::Step;
+    use crate::backend::custom_ops::swiglu::Activation;
 
     #[test]
     fn counts_beyond_31_bits_are_refused() {
-        let error = call(1, 1 << 30, 8, 8).delta().unwrap_err().to_string();
-        assert!(error.contains("k · r"), "{error}");
+        let step = Step {
+            grad_scale: 1.0,
+            decay: 1.0,
+            beta2: 0.0,
+            one_minus_beta1: 1.0,
+            one_minus_beta2: 1.0,
+            step_size: 0.0,
+            root_correction2: 1.0,
+            epsilon: 1.0,
+        };
+        let many = 1 << 31;
+        let norm = |rows, width| rms_norm::Call { rows, width, eps: 0.0, x: DType::F32, weight: DType::F32 };
+        for plan in [
+            norm(many, 1).forward(false),
+            norm(1, many).forward(true),
+            norm(many, 1).backward(true),
+            swiglu::forward(many, DType::F16, Activation::Silu),
+            swiglu::backward(many, DType::BF16, Activation::GeluTanh),
+            rope::rotate(&[0], many, 2, DType::F32, false),
+            embedding::gather(&[0], many, DType::F32),
+            embedding::backward(&[0], many, DType::F32),
+            adamw::step(many, step),
+            adamw::squares(many),
+            cross_entropy::rows(&[0], many, None),
+        ] {
+            let error = plan.unwrap_err().to_string();
+            assert!(error.contains("2147483648"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_threadgroup_has_whole_simdgroups() {
+        for width in [1, 31, 100, 128, 129, 5000, 1 << 20] {
+            let plan = cross_entropy::rows(&[0, 0], width, Some(1.0)).unwrap();
+            let Launch { threads, threadgroup_bytes, grid, .. } = plan.launches[0].clone();
+            assert!(threads.is_multiple_of(LANES) && (LANES..=512).contains(&threads), "{threads}");
+            assert!(threadgroup_bytes >= 2 * 4 * threads / LANES && threadgroup_bytes.is_multiple_of(16));
+            assert_eq!(grid, [2, 1, 1]);
+        }
     }
 }

@@ -1,4 +1,4 @@
-// What kernels.metal uses of the Metal Shading Language, for NVIDIA GPUs: a warp stands for a simdgroup, a block for a
+// What the kernels use of the Metal Shading Language, for NVIDIA GPUs: a warp stands for a simdgroup, a block for a
 // threadgroup. Address spaces are taken out of the text before: nvcc has meanings of its own for `device` and `constant`.
 #pragma once
 #include <cuda_bf16.h>
@@ -45,6 +45,14 @@ __device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 __device__ inline float simd_sum(float value) {
     for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+    return value;
+}
+
+__device__ inline float simd_max(float value) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+        float other = __shfl_xor_sync(~0u, value, offset);
+        value = other > value ? other : value;
+    }
     return value;
 }
 

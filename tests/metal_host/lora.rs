@@ -1,19 +1,17 @@
-//! Calls of the op on the CPU host, against the f64 reference.
+//! Calls of the LoRA op on the CPU host, against the f64 reference.
 #![allow(dead_code)]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use metal_candle::backend::dropout::Dropout;
-use metal_candle::backend::metal::plan::{Call, Plan, Slot};
+use metal_candle::backend::metal::plan::fused_lora::Call;
+use metal_candle::backend::metal::plan::{Plan, Slot};
 use metal_candle::backend::reference::fused_lora::{self, Problem};
 
 use crate::common::{f64s, random, relative_error, tolerance};
 use crate::harness::{self, Host, Tensors};
-
-/// Orders of threads that every case runs under.
-pub const ORDERS: u32 = 3;
+use crate::run::{ORDERS, RAN, bytes, plus_one, values};
 
 /// dtypes of x and of the adapter that are taken together.
 pub const MIXES: [(DType, DType); 5] = [
@@ -23,9 +21,6 @@ pub const MIXES: [(DType, DType); 5] = [
     (DType::F16, DType::F32),
     (DType::BF16, DType::F32),
 ];
-
-/// Kernels that some test ran.
-pub static RAN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// A test's cases: what each is called, and the case.
 pub type Cases = Vec<(String, Case)>;
@@ -74,14 +69,14 @@ impl Case {
         let (problem, g) = (self.problem(), f64s(&self.g));
         let (delta, h) = fused_lora::forward(&problem);
         let (dx, da, db) = fused_lora::backward(&problem, &g);
-        let plus_one = |values: &[f64]| values.iter().map(|value| value + 1.0).collect::<Vec<_>>();
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
         let outputs = if x == DType::F32 { vec![x] } else { vec![x, DType::F32] };
         let run = |form: &str, plan: &Plan, tensors: &Tensors, written: &[(Slot, DType)]| {
             let names = plan.launches.iter().map(|launch| launch.kernel.clone());
             RAN.lock().unwrap().extend(names);
             let results = host.run(plan, tensors, ORDERS).map_err(|error| format!("{what}, {form}: {error}"))?;
-            harness::save_case(&format!("{what}, {form}"), plan, tensors, &results, written);
+            let written: Vec<_> = written.iter().map(|(slot, dtype)| (*slot, *dtype, tolerance(*dtype))).collect();
+            harness::save_case(&format!("{what}, {form}"), plan, tensors, &results, &written);
             Ok::<_, String>(results)
         };
         let close = |form: &str, got: &[u8], dtype, want: &[f64]| {
@@ -138,22 +133,5 @@ impl Case {
             }
         }
         Ok(())
-    }
-}
-
-pub fn bytes(tensor: &Tensor) -> Vec<u8> {
-    let flat = tensor.flatten_all().unwrap();
-    match tensor.dtype() {
-        DType::F16 => flat.to_vec1::<half::f16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
-        DType::BF16 => flat.to_vec1::<half::bf16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
-        _ => flat.to_vec1::<f32>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
-    }
-}
-
-pub fn values(bytes: &[u8], dtype: DType) -> Vec<f64> {
-    match dtype {
-        DType::F16 => bytes.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
-        DType::BF16 => bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect(),
-        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]) as f64).collect(),
     }
 }
