@@ -41,11 +41,14 @@ impl Want {
         Self { floor, ..self }
     }
 
-    /// Of the largest value that there is.
-    fn relative_limit(&self) -> f64 {
-        let finite = self.values.iter().filter(|value| value.is_finite());
-        let largest = finite.fold(0.0, |largest: f64, value| largest.max(value.abs()));
-        if largest > 0.0 { self.limit * (self.floor / largest).max(1.0) } else { self.limit }
+    /// The limit as a share of the largest value of `got`, which saved cases are compared with.
+    fn relative_limit(&self, got: &[f64]) -> f64 {
+        let largest = |values: &[f64]| {
+            let finite = values.iter().filter(|value| value.is_finite());
+            finite.fold(0.0, |largest: f64, value| largest.max(value.abs()))
+        };
+        let got = largest(got);
+        if got > 0.0 { self.limit * largest(&self.values).max(self.floor) / got } else { self.limit }
     }
 }
 
@@ -71,7 +74,8 @@ impl Run {
     pub fn check(&self, host: &Host) -> Result<(), String> {
         RAN.lock().unwrap().extend(self.plan.launches.iter().map(|launch| launch.kernel.clone()));
         let got = host.run(&self.plan, &self.tensors, ORDERS).map_err(|error| format!("{}: {error}", self.what))?;
-        let written: Vec<_> = self.want.iter().map(|want| (want.slot, want.dtype, want.relative_limit())).collect();
+        let limit = |want: &Want| want.relative_limit(&values(&got[&want.slot], want.dtype));
+        let written: Vec<_> = self.want.iter().map(|want| (want.slot, want.dtype, limit(want))).collect();
         harness::save_case(&self.what, &self.plan, &self.tensors, &got, &written);
         for Want { slot, dtype, values: want, limit, floor } in &self.want {
             let error = distance(&values(&got[slot], *dtype), want, *floor);

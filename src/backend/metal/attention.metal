@@ -42,7 +42,8 @@ kernel void attention_forward(
     threadgroup float* parts = factors + 64;
     uint own = lane / 4;
     stage<8, SIZE>(q, first, params.queries, params.query_heads, head, params.size, rows, lane, LANES);
-    // The loop's first barrier comes before what reads these; where there is no key, nothing does.
+    // The loop's first barrier comes before what reads or overwrites these; where there is no key, nothing does.
+    bool any = false;
     factors[lane] = 0.0f;
     factors[lane + LANES] = 0.0f;
     Rows<SIZE> sums;
@@ -58,6 +59,7 @@ kernel void attention_forward(
         for (uint key = all.first; key < all.end; key += BLOCK) {
             bool meet = meets(some, key, BLOCK);
             uint row = sequence.k_start + key;
+            any = true;
             threadgroup_barrier(mem_flags::mem_threadgroup);
             stage<BLOCK, SIZE>(k, row, end, params.key_heads, key_head, params.size, block, index, simdgroups * LANES);
             threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -97,7 +99,9 @@ kernel void attention_forward(
         }
     }
     parts[lane] = sum;
-    store_rows<SIZE>(sums, rows);
+    if (any) {
+        store_rows<SIZE>(sums, rows);
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = 0; i < 8; i++) {
         float total = parts[4 * i] + parts[4 * i + 1] + parts[4 * i + 2] + parts[4 * i + 3];
