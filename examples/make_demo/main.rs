@@ -39,7 +39,7 @@ fn main() -> Outcome<()> {
     write_rows(&folder.join("corpus/valid.jsonl"), valid)?;
 
     for (seed, name, rows, pool) in
-        [(2, "train", 2000, Pool::Seen), (3, "valid", 60, Pool::Unseen), (4, "test", 100, Pool::Unseen)]
+        [(2, "train", 6000, Pool::Seen), (3, "valid", 60, Pool::Unseen), (4, "test", 100, Pool::Unseen)]
     {
         let mut rng = fastrand::Rng::with_seed(seed);
         let rows: Vec<Value> = (0..rows).map(|_| demo_row(&mut rng, pool)).collect();
