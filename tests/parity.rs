@@ -11,7 +11,7 @@ use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, DropoutRound};
-use metal_candle::models::{ModelConfig, weights};
+use metal_candle::models::{Holding, ModelConfig, weights};
 use metal_candle::training::adapter::AdapterFile;
 use metal_candle::training::params::Params;
 
@@ -53,7 +53,7 @@ impl Fixture {
 
     fn decoder_in(&self, dtype: DType) -> Decoder {
         let config = ModelConfig::from_json(&self.folder.join("config.json")).unwrap();
-        let weights = weights::load(&self.folder, &config, dtype, &self.device).unwrap();
+        let weights = weights::load(&self.folder, &config, &Holding::dense(dtype), &self.device).unwrap();
         Decoder::new(&config, weights, &self.device).unwrap()
     }
 

@@ -36,7 +36,7 @@ impl Linear {
     fn part(&self) -> Part<'_> {
         let Self { w, bias, a, b, s, dropout, .. } = self;
         let adapter = (self.r > 0).then_some(Adapter { a, b, s: *s, dropout: *dropout });
-        Part { w, bias: bias.as_ref(), adapter }
+        Part { w: w.into(), bias: bias.as_ref(), adapter }
     }
 }
 

@@ -7,4 +7,5 @@ pub mod dropout;
 pub mod fallback;
 pub mod memory;
 pub mod metal;
+pub mod quantized;
 pub mod reference;

@@ -5,13 +5,14 @@ mod step;
 
 use candle_core::{DType, Device};
 use clap::{Args, Subcommand, ValueEnum};
+use metal_candle::models::Holding;
 use metal_candle::models::decoder::Checkpointing;
 use metal_candle::training::memory::{Sizes, Work as Pass};
 use metal_candle::training::options::{FineTuneType, TrainerOptions};
 use serde_json::{Value, json};
 
 use super::Outcome;
-use super::device::{DeviceKind, DtypeKind};
+use super::device::{DeviceKind, DtypeKind, QuantizeKind};
 
 /// Of this build.
 const COMMIT: &str = env!("METAL_CANDLE_COMMIT");
@@ -58,6 +59,9 @@ struct Train {
     /// What weights and activations are held in; auto: f32 on the CPU, bf16 on a GPU
     #[arg(long, value_enum, default_value_t = DtypeKind::Auto)]
     dtype: DtypeKind,
+    /// What the linears are quantized to
+    #[arg(long, value_enum, default_value_t = QuantizeKind::None)]
+    quantize: QuantizeKind,
     /// Steps to measure, after one that is not
     #[arg(long, default_value_t = 5, value_parser = at_least_one)]
     steps: usize,
@@ -125,7 +129,8 @@ impl Train {
             Again::Every => Checkpointing::EveryBlock,
         };
         let Self { batch, tokens, rank, modules, .. } = self;
-        let work = step::Work { batch, tokens, rank, modules, dtype, checkpointing };
+        let holding = Holding::linears(&config, self.quantize.library(), dtype);
+        let work = step::Work { batch, tokens, rank, modules, holding: holding.clone(), checkpointing };
         let options = TrainerOptions {
             fine_tune_type: FineTuneType::Lora,
             rank,
@@ -134,7 +139,7 @@ impl Train {
         };
         let count = batch * tokens;
         let program = if device.is_cpu() { metal_candle::backend::memory::resident().unwrap_or(0) } else { 0 };
-        let plan = Sizes::new(&config, &options, dtype, &device)?
+        let plan = Sizes::new(&config, &options, &holding, &device)?
             .plan(Pass { tokens: count, longest: tokens, counted: count }, checkpointing);
         let planned = program + plan.total();
         let linears = if modules == Modules::All { "all seven linears" } else { "q and v" };
@@ -147,7 +152,7 @@ impl Train {
         tell(format!(
             "{}, {batch} x {tokens} tokens, {}, rank {rank} on {linears}, checkpointing {again}; {}, commit {COMMIT}",
             self.shape,
-            dtype.as_str(),
+            holding.describe(),
             machine(&device),
         ));
         let mut took = step::run(&config, &work, self.steps, &device, &tell)?;
@@ -159,7 +164,7 @@ impl Train {
         if self.json {
             let ops: Vec<Value> = ops.iter().map(|(name, seconds)| json!({"op": name, "ms": seconds * 1e3})).collect();
             let report = json!({
-                "shape": self.shape, "batch": batch, "tokens": tokens, "dtype": dtype.as_str(), "rank": rank, "modules": linears,
+                "shape": self.shape, "batch": batch, "tokens": tokens, "dtype": holding.describe(), "rank": rank, "modules": linears,
                 "checkpointing": again, "machine": machine(&device), "commit": COMMIT,
                 "tokens_per_second": speed, "step_ms": step * 1e3, "peak_bytes": took.peak, "planned_bytes": planned,
                 "product_ops_per_second": rate, "limit_tokens_per_second": limit, "ops": ops,

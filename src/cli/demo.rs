@@ -116,7 +116,7 @@ fn score(settings: &Settings, trained: bool) -> Result<Vec<Answer>> {
     let model = ModelFiles::open(&folder.display().to_string())?;
     let mut decoder = Decoder::new(
         &model.config,
-        model.weights(settings.trainer.weight_dtype(&device, model.own_dtype()?), &device)?,
+        model.base(&settings.trainer.holding(&model, &device)?, &device)?,
         &device,
     )?;
     if trained && !full {

@@ -3,6 +3,7 @@
 use candle_core::Device;
 use clap::ValueEnum;
 use metal_candle::backend::cuda;
+use metal_candle::backend::quantized::Quantize;
 use metal_candle::models::WeightDtype;
 use metal_candle::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,40 @@ impl DeviceKind {
                     format!("{lacking}; the ops of the library have kernels for it. Use --device cpu"),
                 ))
             }
+        }
+    }
+}
+
+/// Which weights are quantized.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuantizeKind {
+    /// Those that are quantized in the file
+    #[default]
+    Auto,
+    /// None: a quantized file is dequantized at load
+    None,
+    /// All linears, in NF4 with blocks of 64 (QLoRA)
+    Nf4,
+    /// All linears, in llama.cpp's Q8_0
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// All linears, in llama.cpp's Q4_K; those whose rows are no multiple of 256 in Q8_0
+    #[value(name = "q4_k")]
+    #[serde(rename = "q4_k")]
+    Q4K,
+}
+
+impl QuantizeKind {
+    /// The library's form of it.
+    pub fn library(self) -> Quantize {
+        match self {
+            Self::Auto => Quantize::Auto,
+            Self::None => Quantize::None,
+            Self::Nf4 => Quantize::Nf4,
+            Self::Q8_0 => Quantize::Q8_0,
+            Self::Q4K => Quantize::Q4K,
         }
     }
 }

@@ -9,7 +9,7 @@ use metal_candle::models::decoder::Decoder;
 use metal_candle::training::adapter::AdapterFile;
 use metal_candle::{Error, Result};
 
-use super::device::{DeviceKind, DtypeKind};
+use super::device::{DeviceKind, DtypeKind, QuantizeKind};
 
 /// Which model, which adapter, where.
 #[derive(Args)]
@@ -26,6 +26,9 @@ pub struct ModelArgs {
     /// What the weights are held in; auto: f32 on the CPU; on a GPU f32 where the file has that, else bf16
     #[arg(long, value_name = "DTYPE", default_value = "auto", help_heading = "Model")]
     pub dtype: DtypeKind,
+    /// Which weights are quantized
+    #[arg(long, value_name = "KIND", default_value = "auto", help_heading = "Model")]
+    pub quantize: QuantizeKind,
 }
 
 impl ModelArgs {
@@ -34,11 +37,9 @@ impl ModelArgs {
         let device = self.device.open()?;
         let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
         let files = ModelFiles::open(&self.name(adapter.as_ref())?)?;
-        let mut decoder = Decoder::new(
-            &files.config,
-            files.weights(self.dtype.weights().on(&device, files.own_dtype()?), &device)?,
-            &device,
-        )?;
+        let dtype = self.dtype.weights().on(&device, files.own_dtype()?);
+        let holding = files.holding(self.quantize.library(), dtype, &device)?;
+        let mut decoder = Decoder::new(&files.config, files.base(&holding, &device)?, &device)?;
         if let Some(adapter) = adapter {
             adapter.attach(&mut decoder, &device)?;
         }

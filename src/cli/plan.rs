@@ -25,8 +25,8 @@ pub fn describe(settings: &Settings) -> Result<String> {
         DatasetOptions { max_seq_length: row_length(&model, trainer.max_seq_length), mask_prompt: run.mask_prompt };
     let train = split(data, "train").ok_or_else(|| Error::file(data, "has no train.jsonl"))?;
     let rows = Dataset::load(&[train], &model.tokenizer, &options)?.rows;
-    let dtype = trainer.weight_dtype(&device, model.own_dtype()?);
-    let sizes = Sizes::new(&model.config, trainer, dtype, &device)?;
+    let holding = trainer.holding(&model, &device)?;
+    let sizes = Sizes::new(&model.config, trainer, &holding, &device)?;
     let work = largest_pass(trainer, &rows);
     // What this program has now it has in the run too; on a GPU tensors alone are counted.
     let program = if device.is_cpu() { memory::resident().unwrap_or(0) } else { 0 };
@@ -44,7 +44,7 @@ pub fn describe(settings: &Settings) -> Result<String> {
     if device.is_cpu() {
         line("program and data", program);
     }
-    line(&format!("weights, {}", dtype.as_str()), plan.weights);
+    line(&format!("weights, {}", holding.describe()), plan.weights);
     line("trained values, gradients, moments", plan.trained);
     line("kept of the blocks for backward", plan.kept);
     line("the most beside that", plan.working);

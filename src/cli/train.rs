@@ -15,7 +15,7 @@ use metal_candle::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::device::{DeviceKind, DtypeKind};
+use super::device::{DeviceKind, DtypeKind, QuantizeKind};
 use super::display::Display;
 use super::settings::Settings;
 use super::{Outcome, demo, plan};
@@ -67,6 +67,10 @@ struct Flags {
     #[arg(long, value_name = "DTYPE", help_heading = "Model and data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     dtype: Option<DtypeKind>,
+    /// Which of the frozen weights are quantized [default: auto]
+    #[arg(long, value_name = "KIND", help_heading = "Model and data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantize: Option<QuantizeKind>,
 
     /// Train adapters or all weights [default: lora]
     #[arg(long, value_name = "TYPE", help_heading = "Adapter")]

@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 
 use super::ModelConfig;
 use super::block::{Block, BlockShape, LINEAR_NAMES, Pass, Saved};
-use super::linear::{Adapter, DropoutRound, Linear, Parameter};
+use super::linear::{Adapter, BaseWeight, DropoutRound, Linear, Parameter};
 use crate::backend::custom_ops::attention::Sequence;
 use crate::backend::custom_ops::cross_entropy::{self, Loss};
 use crate::backend::custom_ops::{embedding, linear, rms_norm};
@@ -74,11 +74,11 @@ pub struct TrainPass {
 pub struct Decoder {
     /// The model's sizes and variants.
     pub config: ModelConfig,
-    embedding: Parameter,
+    embedding: BaseWeight,
     blocks: Vec<Block>,
     norm: Parameter,
     /// `None`: tied to the embedding.
-    head: Option<Parameter>,
+    head: Option<BaseWeight>,
     rope: RopeTables,
 }
 
@@ -88,19 +88,29 @@ enum Kept {
 }
 
 impl Decoder {
-    /// A decoder from exactly the tensors that [`ModelConfig::weight_shapes`] names.
-    pub fn new(config: &ModelConfig, mut weights: HashMap<String, Tensor>, device: &Device) -> Result<Self> {
-        let mut take = |name: String| match weights.remove(&name) {
-            Some(tensor) => Ok(Parameter::frozen(tensor)),
+    /// A decoder from exactly the tensors that [`ModelConfig::weight_shapes`] names. Embedding, output projection and the
+    /// linears' weights may be quantized.
+    pub fn new<W: Into<BaseWeight>>(
+        config: &ModelConfig,
+        mut weights: HashMap<String, W>,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut take_weight = |name: String| match weights.remove(&name) {
+            Some(weight) => Ok(weight.into()),
             None => Err(Error::setting("weights", format!("tensor '{name}' is missing"))),
         };
-        let embedding = take("model.embed_tokens.weight".into())?;
+        let take = |weight: BaseWeight, name: &str| match weight {
+            BaseWeight::Dense(parameter) => Ok(parameter),
+            BaseWeight::Quantized(_) => Err(Error::setting("weights", format!("tensor '{name}' is quantized"))),
+        };
+        let embedding = take_weight("model.embed_tokens.weight".into())?;
         let mut blocks = Vec::with_capacity(config.num_layers);
         for layer in 0..config.num_layers {
             let mut linear = |name: &str, bias: bool| {
                 let path = format!("model.layers.{layer}.{name}");
-                let weight = take(format!("{path}.weight"))?;
-                let bias = if bias { Some(take(format!("{path}.bias"))?) } else { None };
+                let weight = take_weight(format!("{path}.weight"))?;
+                let name = format!("{path}.bias");
+                let bias = if bias { Some(take(take_weight(name.clone())?, &name)?) } else { None };
                 Ok::<_, Error>(Linear { weight, bias, adapter: None })
             };
             let [q, k, v, o, gate, up, down] = LINEAR_NAMES;
@@ -108,7 +118,10 @@ impl Decoder {
             let o = linear(o, config.o_bias)?;
             let (gate, up, down) =
                 (linear(gate, config.mlp_bias)?, linear(up, config.mlp_bias)?, linear(down, config.mlp_bias)?);
-            let mut norm = |name: &str| take(format!("model.layers.{layer}.{name}.weight"));
+            let mut norm = |name: &str| {
+                let name = format!("model.layers.{layer}.{name}.weight");
+                take(take_weight(name.clone())?, &name)
+            };
             let head_norms = config.qk_norm;
             let window = config.sliding_window.filter(|_| layer >= config.sliding_window_from_layer);
             blocks.push(Block {
@@ -132,8 +145,8 @@ impl Decoder {
                 },
             });
         }
-        let norm = take("model.norm.weight".into())?;
-        let head = if config.tie_word_embeddings { None } else { Some(take("lm_head.weight".into())?) };
+        let norm = take(take_weight("model.norm.weight".into())?, "model.norm.weight")?;
+        let head = if config.tie_word_embeddings { None } else { Some(take_weight("lm_head.weight".into())?) };
         let rope = RopeTables::new(config.inv_freq(), device.clone());
         Ok(Self { config: config.clone(), embedding, blocks, norm, head, rope })
     }
@@ -141,12 +154,12 @@ impl Decoder {
     /// The summed loss of a batch, without gradients.
     pub fn loss(&self, batch: &Batch) -> Result<Loss> {
         let hidden = self.hidden(batch)?;
-        cross_entropy::forward(&hidden, &self.head().value, &batch.targets)
+        cross_entropy::forward(&hidden, self.head().value(), &batch.targets)
     }
 
     /// The logits of every token, `[T, V]`. For tests and small inputs: the whole matrix is in memory.
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
-        linear::forward(&self.hidden(batch)?, &self.head().value, None)
+        linear::forward(&self.hidden(batch)?, self.head().value(), None)
     }
 
     /// The summed loss of a batch; the gradients of `pass.scale ·` loss are added to the buffers of the trained parameters.
@@ -154,7 +167,7 @@ impl Decoder {
         let layout = Layout::of(batch);
         let (cos, sin) = self.rope.up_to(layout.longest)?;
         let shared = layout.pass(&cos, &sin, Some(pass.round));
-        let embedding_trained = self.embedding.grad.is_some();
+        let embedding_trained = self.embedding.grad().is_some();
         // Blocks under the lowest trained one have no backward.
         let lowest = if embedding_trained {
             0
@@ -163,7 +176,7 @@ impl Decoder {
         };
 
         let mut kept = Vec::with_capacity(self.blocks.len() - lowest);
-        let mut x = embedding::forward(&self.embedding.value, &batch.tokens)?;
+        let mut x = self.embed(&batch.tokens)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(&x, &shared, |k, v| Ok((k, v)))?;
             if layer >= lowest {
@@ -178,7 +191,7 @@ impl Decoder {
         let (hidden, rstd) = rms_norm::forward(&x, &self.norm.value, self.config.rms_norm_eps)?;
         let head = self.head();
         let (loss, d_hidden) =
-            cross_entropy::forward_backward(&hidden, &head.value, &batch.targets, pass.scale, head.grad.as_ref())?;
+            cross_entropy::forward_backward(&hidden, head.value(), &batch.targets, pass.scale, head.grad())?;
         let mut g = x.zeros_like()?;
         rms_norm::backward(&x, &self.norm.value, &rstd, &d_hidden, &g, self.norm.grad.as_ref())?;
         drop((x, hidden, d_hidden));
@@ -190,7 +203,7 @@ impl Decoder {
             };
             g = block.backward(saved, g, &shared, layer > lowest || embedding_trained)?;
         }
-        if let Some(grad) = &self.embedding.grad {
+        if let Some(grad) = self.embedding.grad() {
             embedding::backward(&batch.tokens, &g, grad)?;
         }
         loss.read()
@@ -207,24 +220,24 @@ impl Decoder {
         let positions: Vec<u32> = (start as u32..(start + count) as u32).collect();
         let sequences = [Sequence { q_start: 0, q_len: count, k_start: 0, k_len: start + count }];
         let pass = Pass { sequences: &sequences, positions: &positions, cos: &cos, sin: &sin, round: None };
-        let mut x = embedding::forward(&self.embedding.value, tokens)?;
+        let mut x = self.embed(tokens)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, &pass, |k, v| cache.append(layer, &k, &v))?.0;
         }
         let last = x.narrow(0, count - 1, 1)?;
         let (hidden, _) = rms_norm::forward(&last, &self.norm.value, self.config.rms_norm_eps)?;
-        let logits = linear::forward(&hidden, &self.head().value, None)?;
+        let logits = linear::forward(&hidden, self.head().value(), None)?;
         Ok(logits.flatten_all()?.to_dtype(candle_core::DType::F32)?)
     }
 
-    /// The dtype of the activations: the embedding's.
+    /// The dtype of the activations: the norms'.
     pub fn dtype(&self) -> candle_core::DType {
-        self.embedding.value.dtype()
+        self.norm.value.dtype()
     }
 
     /// Where the weights are.
     pub fn device(&self) -> &Device {
-        self.embedding.value.device()
+        self.norm.value.device()
     }
 
     /// The linears that can carry an adapter, by module path (`model.layers.0.self_attn.q_proj`).
@@ -247,9 +260,26 @@ impl Decoder {
         Err(Error::setting(path, "the model has no linear of this name"))
     }
 
-    /// Every weight of the model by its Hugging Face name, to read or to train.
+    /// Bytes of the embedding, the output projection and the linears' weights.
+    pub fn weight_bytes(&self) -> usize {
+        let linears = self.linears().map(|(_, linear)| linear.weight.size_in_bytes());
+        let ends = [Some(&self.embedding), self.head.as_ref()];
+        linears.chain(ends.into_iter().flatten().map(BaseWeight::size_in_bytes)).sum()
+    }
+
+    /// The names of the weights that are quantized.
+    pub fn quantized(&self) -> Vec<String> {
+        let linears = self.linears().map(|(path, linear)| (path, &linear.weight));
+        let ends = [("model.embed_tokens".to_string(), Some(&self.embedding)), ("lm_head".into(), self.head.as_ref())];
+        let all = ends.into_iter().filter_map(|(name, weight)| Some((name, weight?))).chain(linears);
+        let quantized = all.filter(|(_, weight)| matches!(weight, BaseWeight::Quantized(_)));
+        quantized.map(|(name, _)| format!("{name}.weight")).collect()
+    }
+
+    /// Every weight of the model that is not quantized, by its Hugging Face name, to read or to train.
     pub fn parameters_mut(&mut self) -> Vec<(String, &mut Parameter)> {
-        let mut all = vec![("model.embed_tokens.weight".to_string(), &mut self.embedding)];
+        let mut all: Vec<(String, &mut Parameter)> = Vec::new();
+        all.extend(self.embedding.dense_mut().map(|weight| ("model.embed_tokens.weight".to_string(), weight)));
         for (layer, block) in self.blocks.iter_mut().enumerate() {
             let name = |rest: &str| format!("model.layers.{layer}.{rest}");
             let Block { input_norm, post_norm, q_norm, k_norm, q, k, v, o, gate, up, down, .. } = block;
@@ -258,17 +288,26 @@ impl Decoder {
             all.extend(q_norm.as_mut().map(|norm| (name("self_attn.q_norm.weight"), norm)));
             all.extend(k_norm.as_mut().map(|norm| (name("self_attn.k_norm.weight"), norm)));
             for (linear_name, linear) in LINEAR_NAMES.into_iter().zip([q, k, v, o, gate, up, down]) {
-                all.push((name(&format!("{linear_name}.weight")), &mut linear.weight));
+                let weight = linear.weight.dense_mut();
+                all.extend(weight.map(|weight| (name(&format!("{linear_name}.weight")), weight)));
                 let bias = linear.bias.as_mut();
                 all.extend(bias.map(|bias| (name(&format!("{linear_name}.bias")), bias)));
             }
         }
         all.push(("model.norm.weight".to_string(), &mut self.norm));
-        all.extend(self.head.as_mut().map(|head| ("lm_head.weight".to_string(), head)));
+        let head = self.head.as_mut().and_then(BaseWeight::dense_mut);
+        all.extend(head.map(|head| ("lm_head.weight".to_string(), head)));
         all
     }
 
-    fn head(&self) -> &Parameter {
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        match &self.embedding {
+            BaseWeight::Dense(table) => embedding::forward(&table.value, tokens),
+            BaseWeight::Quantized(table) => embedding::forward_quantized(table, tokens, self.dtype()),
+        }
+    }
+
+    fn head(&self) -> &BaseWeight {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
@@ -277,7 +316,7 @@ impl Decoder {
         let layout = Layout::of(batch);
         let (cos, sin) = self.rope.up_to(layout.longest)?;
         let pass = layout.pass(&cos, &sin, None);
-        let mut x = embedding::forward(&self.embedding.value, &batch.tokens)?;
+        let mut x = self.embed(&batch.tokens)?;
         for block in &self.blocks {
             x = block.forward(&x, &pass, |k, v| Ok((k, v)))?.0;
         }

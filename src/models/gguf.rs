@@ -1,4 +1,5 @@
-//! Models in llama.cpp's GGUF files: configuration, tokenizer and chat template from the metadata, weights dequantized at load.
+//! Models in llama.cpp's GGUF files: configuration, tokenizer and chat template from the metadata, weights as they are or dequantized
+//! at load.
 //!
 //! Keys and tensor names are those of llama.cpp's `convert_hf_to_gguf.py`. A key that changes what the model computes and is not
 //! understood here is refused by name.
@@ -11,15 +12,18 @@ use std::fs::File;
 use std::path::Path;
 
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use serde_json::{Map, json};
 
 use self::container::{Container, TensorView, Value, list};
+use super::Holding;
 use super::config::{ModelConfig, RopeScaling};
+use super::linear::BaseWeight;
 use super::tokenizer::TextTokenizer;
 use super::weights::check;
+use crate::backend::quantized::{Kind, QuantizedTensor};
 use crate::{Error, Result};
 
 /// llama.cpp's names of the sizes, and `config.json`'s.
@@ -96,11 +100,32 @@ pub fn open(path: &Path) -> Result<(ModelConfig, TextTokenizer)> {
     })
 }
 
-/// Exactly the tensors of [`ModelConfig::weight_shapes`], by their Hugging Face names, in `dtype` on `device`.
+/// The kinds of the weights that are quantized in a file and can stay so, by their Hugging Face names.
+///
+/// # Errors
+/// A file that is cut short or broken.
+pub fn kinds(path: &Path, config: &ModelConfig) -> Result<HashMap<String, Kind>> {
+    with_container(path, |container| {
+        let views: HashMap<&str, &TensorView> = container.tensors.iter().map(|view| (view.name, view)).collect();
+        let kind = |name: &str| {
+            let view = views.get(file_name(name).as_str())?;
+            Kind::of_ggml(view.dtype).filter(|_| view.shape.len() == 2)
+        };
+        let shapes = config.weight_shapes();
+        Ok(shapes.into_iter().filter_map(|(name, _)| Some((kind(&name)?, name))).map(|(kind, name)| (name, kind)).collect())
+    })
+}
+
+/// Exactly the tensors of [`ModelConfig::weight_shapes`], by their Hugging Face names, on `device`, held as `holding` says.
 ///
 /// # Errors
 /// One error lists every tensor that is missing, has another shape, or is not of this model.
-pub fn load(path: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
+pub fn load(
+    path: &Path,
+    config: &ModelConfig,
+    holding: &Holding,
+    device: &Device,
+) -> Result<HashMap<String, BaseWeight>> {
     with_container(path, |container| {
         let found = container.tensors.iter().filter(|tensor| tensor.name != ROPE_FREQS);
         let found = found.map(|tensor| (tensor.name.to_string(), tensor.shape.clone())).collect();
@@ -109,16 +134,27 @@ pub fn load(path: &Path, config: &ModelConfig, dtype: DType, device: &Device) ->
         let permuted = heads_are_permuted(architecture(path, container)?);
         let tensors = names.into_par_iter().map(|name| {
             let view = views[file_name(&name).as_str()];
-            let mut tensor = dequantize(view)?;
-            if permuted && name.contains(".q_proj.") {
-                tensor = unpermute(&tensor, config.num_heads)?;
-            } else if permuted && name.contains(".k_proj.") {
-                tensor = unpermute(&tensor, config.num_kv_heads)?;
-            }
-            Ok((name, tensor.to_dtype(dtype)?))
+            let heads = match permuted {
+                true if name.contains(".q_proj.") => Some(config.num_heads),
+                true if name.contains(".k_proj.") => Some(config.num_kv_heads),
+                _ => None,
+            };
+            let weight: BaseWeight = match holding.kinds.get(&name).copied() {
+                Some(kind) if kind.ggml() == Some(view.dtype) => as_it_is(view, kind, heads)?.to_device(device)?.into(),
+                kind => {
+                    let mut tensor = dequantize(view)?;
+                    if let Some(heads) = heads {
+                        tensor = unpermute(&tensor, heads)?;
+                    }
+                    match kind {
+                        Some(kind) => QuantizedTensor::quantize(&tensor, kind)?.to_device(device)?.into(),
+                        None => tensor.to_dtype(holding.dtype)?.to_device(device)?.into(),
+                    }
+                }
+            };
+            Ok((name, weight))
         });
-        let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(device)?))).collect()
+        tensors.collect()
     })
 }
 
@@ -297,6 +333,14 @@ fn file_name(name: &str) -> String {
         "lm_head.weight" => "output.weight".to_string(),
         _ => layer().unwrap_or_else(|| name.to_string()),
     }
+}
+
+/// The blocks of a file, rows in this crate's order.
+fn as_it_is(view: &TensorView, kind: Kind, heads: Option<usize>) -> Result<QuantizedTensor> {
+    let quantized = QuantizedTensor::new(kind, view.data.to_vec(), (view.shape[0], view.shape[1]), &Device::Cpu)?;
+    let Some(heads) = heads else { return Ok(quantized) };
+    let rows = Tensor::arange(0_u32, view.shape[0] as u32, &Device::Cpu)?;
+    quantized.permute_rows(&unpermute(&rows, heads)?.to_vec1()?)
 }
 
 /// f32, on the CPU.

@@ -7,8 +7,9 @@ use candle_core::Tensor;
 
 use crate::Result;
 use crate::backend::custom_ops::lora_linear::Part;
-use crate::backend::custom_ops::{linear, lora_linear};
+use crate::backend::custom_ops::{Weight, linear, lora_linear};
 use crate::backend::dropout::Dropout;
+use crate::backend::quantized::QuantizedTensor;
 
 /// A tensor of the model and, when it is trained, the f32 buffer of its shape that gradients are added to.
 #[derive(Debug, Clone)]
@@ -23,6 +24,66 @@ impl Parameter {
     /// A parameter that is not trained.
     pub fn frozen(value: Tensor) -> Self {
         Self { value, grad: None }
+    }
+}
+
+/// A weight of the base.
+#[derive(Debug, Clone)]
+pub enum BaseWeight {
+    /// A tensor, which full fine-tuning trains.
+    Dense(Parameter),
+    /// Blocks, frozen.
+    Quantized(QuantizedTensor),
+}
+
+impl From<Tensor> for BaseWeight {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(Parameter::frozen(tensor))
+    }
+}
+
+impl From<QuantizedTensor> for BaseWeight {
+    fn from(tensor: QuantizedTensor) -> Self {
+        Self::Quantized(tensor)
+    }
+}
+
+impl BaseWeight {
+    /// As the ops take it.
+    pub fn value(&self) -> Weight<'_> {
+        match self {
+            Self::Dense(parameter) => Weight::Dense(&parameter.value),
+            Self::Quantized(tensor) => Weight::Quantized(tensor),
+        }
+    }
+
+    /// The gradient's buffer; `None` when it is frozen.
+    pub fn grad(&self) -> Option<&Tensor> {
+        self.dense().and_then(|parameter| parameter.grad.as_ref())
+    }
+
+    /// The parameter, where it is not quantized.
+    pub fn dense(&self) -> Option<&Parameter> {
+        match self {
+            Self::Dense(parameter) => Some(parameter),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// [`BaseWeight::dense`], to change.
+    pub fn dense_mut(&mut self) -> Option<&mut Parameter> {
+        match self {
+            Self::Dense(parameter) => Some(parameter),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// Bytes that it takes.
+    pub fn size_in_bytes(&self) -> usize {
+        match self {
+            Self::Dense(parameter) => parameter.value.elem_count() * parameter.value.dtype().size_in_bytes(),
+            Self::Quantized(tensor) => tensor.size_in_bytes(),
+        }
     }
 }
 
@@ -65,7 +126,7 @@ impl Adapter {
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// W `[n, k]`.
-    pub weight: Parameter,
+    pub weight: BaseWeight,
     /// `[n]`.
     pub bias: Option<Parameter>,
     /// The adapter, if one is attached.
@@ -75,14 +136,14 @@ pub struct Linear {
 impl Linear {
     /// `(k, n)`: the sizes of its input and output.
     pub fn sizes(&self) -> (usize, usize) {
-        let dims = self.weight.value.dims();
+        let dims = self.weight.value().dims();
         (dims[1], dims[0])
     }
 
     /// Whether any of its parameters is trained.
     pub fn trained(&self) -> bool {
         let bias = self.bias.as_ref().is_some_and(|bias| bias.grad.is_some());
-        bias || self.weight.grad.is_some() || self.adapter.as_ref().is_some_and(Adapter::trained)
+        bias || self.weight.grad().is_some() || self.adapter.as_ref().is_some_and(Adapter::trained)
     }
 
     fn part(&self, round: Option<DropoutRound>) -> Part<'_> {
@@ -92,7 +153,7 @@ impl Linear {
             s: adapter.scaling,
             dropout: adapter.dropout(round),
         });
-        Part { w: &self.weight.value, bias: self.bias.as_ref().map(|bias| &bias.value), adapter }
+        Part { w: self.weight.value(), bias: self.bias.as_ref().map(|bias| &bias.value), adapter }
     }
 }
 
@@ -133,10 +194,10 @@ pub fn backward<const N: usize>(
     let parts = linears.map(|linear| linear.part(round));
     let dx = lora_linear::backward_shared(x, &parts, &h, &g, &sinks, input_gradient)?;
     for (linear, g) in linears.iter().zip(g) {
-        let dw = linear.weight.grad.as_ref();
+        let dw = linear.weight.grad();
         let dbias = linear.bias.as_ref().and_then(|bias| bias.grad.as_ref());
         if dw.is_some() || dbias.is_some() {
-            linear::backward(x, &linear.weight.value, g, None, dw, dbias)?;
+            linear::backward(x, linear.weight.value(), g, None, dw, dbias)?;
         }
     }
     Ok(dx)

@@ -5,6 +5,7 @@ pub mod chat_template;
 pub mod config;
 pub mod decoder;
 pub mod gguf;
+pub mod holding;
 pub mod hub;
 pub mod linear;
 pub mod tokenizer;
@@ -19,9 +20,12 @@ use serde::{Deserialize, Serialize};
 
 pub use chat_template::Message;
 pub use config::{ModelConfig, RopeScaling};
+pub use holding::Holding;
 pub use hub::Hub;
 pub use tokenizer::TextTokenizer;
 
+use self::linear::BaseWeight;
+use crate::backend::quantized::Quantize;
 use crate::{Error, Result};
 
 /// What frozen weights, and with them the activations, are held in.
@@ -120,9 +124,33 @@ impl ModelFiles {
     /// # Errors
     /// One error lists every tensor that is missing, has another shape, or is not of this model.
     pub fn weights(&self, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
+        let base = self.base(&Holding::dense(dtype), device)?;
+        let dense = base.into_iter().filter_map(|(name, weight)| match weight {
+            BaseWeight::Dense(parameter) => Some((name, parameter.value)),
+            BaseWeight::Quantized(_) => None,
+        });
+        Ok(dense.collect())
+    }
+
+    /// What the weights are to be held in on a device: those of a file that are quantized stay so where an option does not say
+    /// otherwise. On a GPU embedding and output projection are dense always.
+    pub fn holding(&self, quantize: Quantize, dtype: DType, device: &Device) -> Result<Holding> {
+        let mut holding = Holding::linears(&self.config, quantize, dtype);
+        if let (Source::Gguf(file), Quantize::Auto) = (&self.source, quantize) {
+            holding.kinds = gguf::kinds(file, &self.config)?;
+            holding.kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
+        }
+        Ok(holding)
+    }
+
+    /// The weights, held as [`ModelFiles::holding`] says.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::weights`].
+    pub fn base(&self, holding: &Holding, device: &Device) -> Result<HashMap<String, BaseWeight>> {
         match &self.source {
-            Source::Folder(folder) => weights::load(folder, &self.config, dtype, device),
-            Source::Gguf(file) => gguf::load(file, &self.config, dtype, device),
+            Source::Folder(folder) => weights::load(folder, &self.config, holding, device),
+            Source::Gguf(file) => gguf::load(file, &self.config, holding, device),
         }
     }
 

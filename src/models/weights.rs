@@ -4,10 +4,13 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use serde_json::Value;
 
+use super::Holding;
 use super::config::{ModelConfig, read_json};
+use super::linear::BaseWeight;
+use crate::backend::quantized::QuantizedTensor;
 use crate::{Error, Result};
 
 /// The safetensors files of a model's folder.
@@ -42,17 +45,26 @@ pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// Exactly the tensors of [`ModelConfig::weight_shapes`], in `dtype` on `device`.
+/// Exactly the tensors of [`ModelConfig::weight_shapes`] on `device`, held as `holding` says.
 ///
 /// # Errors
 /// One error lists every tensor that is missing, has another shape, or is not of this model.
-pub fn load(folder: &Path, config: &ModelConfig, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
+pub fn load(
+    folder: &Path,
+    config: &ModelConfig,
+    holding: &Holding,
+    device: &Device,
+) -> Result<HashMap<String, BaseWeight>> {
     let mapped = map(&files(folder)?)?;
     let found = mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
     let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
-        let tensor = mapped.load(&name, device)?;
+        if let Some(&kind) = holding.kinds.get(&name) {
+            let quantized = QuantizedTensor::quantize(&mapped.load(&name, &Device::Cpu)?, kind)?;
+            return Ok((name, quantized.to_device(device)?.into()));
+        }
         // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
-        Ok((name, tensor.to_dtype(dtype)?))
+        let tensor = mapped.load(&name, device)?.to_dtype(holding.dtype)?;
+        Ok((name, tensor.into()))
     });
     tensors.collect()
 }

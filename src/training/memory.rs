@@ -11,7 +11,7 @@ use super::setup;
 use crate::Result;
 use crate::backend::cpu::attention::WAVE;
 use crate::backend::custom_ops::cross_entropy::chunk_rows;
-use crate::models::ModelConfig;
+use crate::models::{Holding, ModelConfig};
 use crate::models::decoder::Checkpointing;
 
 /// The share of the free memory that `auto` fills: sizes of passes differ, and so do allocators.
@@ -67,6 +67,8 @@ pub struct Sizes {
     element: usize,
     cpu: bool,
     weights: usize,
+    /// Of quantized weights, dense for one product.
+    widened: usize,
     trained: usize,
     /// Blocks from the lowest trained one on.
     blocks: usize,
@@ -81,7 +83,8 @@ impl Sizes {
     ///
     /// # Errors
     /// A target that the model does not have.
-    pub fn new(config: &ModelConfig, options: &TrainerOptions, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn new(config: &ModelConfig, options: &TrainerOptions, holding: &Holding, device: &Device) -> Result<Self> {
+        let dtype = holding.dtype;
         let shapes = config.weight_shapes();
         let elements: usize = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let element = dtype.size_in_bytes();
@@ -96,12 +99,13 @@ impl Sizes {
                 let trained = options.rank * sides.sum::<usize>();
                 let lowest = targets.iter().filter_map(|path| layer_of(path)).min().unwrap_or(config.num_layers);
                 let blocks = config.num_layers - lowest;
-                (elements * element, trained, blocks, options.rank * targets.len().div_ceil(blocks.max(1)))
+                (holding.bytes(config), trained, blocks, options.rank * targets.len().div_ceil(blocks.max(1)))
             }
         };
         let (config, cpu) = (config.clone(), device.is_cpu());
         let logit = if halves_logits(dtype, device) { 2 } else { 4 + element };
-        Ok(Self { config, element, cpu, weights, trained, blocks, ranks, logit })
+        let widened = holding.widened(&config, device);
+        Ok(Self { config, element, cpu, weights, widened, trained, blocks, ranks, logit })
     }
 
     /// What a run takes whose largest pass is `work`.
@@ -110,7 +114,7 @@ impl Sizes {
         let (input, whole) = (work.tokens * self.config.hidden_size * self.element, work.tokens * self.kept_a_token());
         // Beside what the other blocks keep; a block that is computed again has its own back by then, but no other's.
         let upper = (self.blocks - again) * whole;
-        let block = if again == self.blocks { whole } else { 0 } + self.backward(work);
+        let block = if again == self.blocks { whole } else { 0 } + self.backward(work) + self.widened;
         let kept = again * input + upper;
         let working = block.max(self.loss(work));
         let unused = if self.cpu { CPU_PROGRAM + (kept + working) / CPU_UNUSED } else { 0 };
@@ -215,7 +219,7 @@ mod tests {
             "rope_theta": 10000.0, "tie_word_embeddings": true
         });
         let config = ModelConfig::from_value("test".as_ref(), &json).unwrap();
-        Sizes::new(&config, options, DType::F32, &Device::Cpu).unwrap()
+        Sizes::new(&config, options, &Holding::dense(DType::F32), &Device::Cpu).unwrap()
     }
 
     #[test]

@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use super::sampler::{Batching, passes};
 use super::schedule::{Schedule, ScheduleKind};
-use crate::models::WeightDtype;
+use crate::backend::quantized::Quantize;
+use crate::models::{Holding, ModelFiles, WeightDtype};
 use crate::{Error, Result};
 
 /// What is trained.
@@ -58,6 +59,8 @@ pub struct TrainerOptions {
     pub fine_tune_type: FineTuneType,
     /// What the frozen weights are held in; adapters and the optimizer are f32.
     pub dtype: WeightDtype,
+    /// Which of the frozen weights are quantized.
+    pub quantize: Quantize,
     /// r of the adapters.
     pub rank: usize,
     /// The adapters' scaling is alpha / rank.
@@ -111,6 +114,7 @@ impl Default for TrainerOptions {
         Self {
             fine_tune_type: FineTuneType::Lora,
             dtype: WeightDtype::Auto,
+            quantize: Quantize::Auto,
             rank: 8,
             alpha: 16.0,
             dropout: 0.0,
@@ -175,16 +179,21 @@ impl TrainerOptions {
         }
         let half = matches!(self.dtype, WeightDtype::Bf16 | WeightDtype::F16);
         let full = self.fine_tune_type == FineTuneType::Full;
+        let quantized = !matches!(self.quantize, Quantize::Auto | Quantize::None);
+        refuse(full && quantized, "quantize is given; full trains every weight, and quantized ones are frozen".to_string());
         refuse(full && half, "dtype is a 16-bit one; all weights are trained in f32".to_string());
         refuse(self.target_modules.is_empty(), "target_modules is empty; name at least one linear".to_string());
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }
     }
 
-    /// What weights that are `own` in their file are held in on a device.
-    pub fn weight_dtype(&self, device: &Device, own: DType) -> DType {
+    /// What a model's weights are held in on a device. Full fine-tuning has them in f32, whatever the file has.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn holding(&self, model: &ModelFiles, device: &Device) -> Result<Holding> {
         match self.fine_tune_type {
-            FineTuneType::Lora => self.dtype.on(device, own),
-            FineTuneType::Full => DType::F32,
+            FineTuneType::Lora => model.holding(self.quantize, self.dtype.on(device, model.own_dtype()?), device),
+            FineTuneType::Full => Ok(Holding::dense(DType::F32)),
         }
     }
 

@@ -55,7 +55,7 @@ pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Dev
     let mut initial = Vec::with_capacity(2 * targets.len());
     for (path, linear) in decoder.linears() {
         let Some(number) = targets.iter().position(|target| *target == path) else { continue };
-        let (n, k) = linear.weight.value.dims2()?;
+        let (k, n) = linear.sizes();
         initial.push((format!("{path}{A}"), initial_a(k, config.rank, options.seed, number as u64)?));
         initial.push((format!("{path}{B}"), Tensor::zeros((config.rank, n), DType::F32, &Device::Cpu)?));
     }
@@ -76,7 +76,18 @@ pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Dev
 }
 
 /// Makes every weight trainable and returns the buffers.
+///
+/// # Errors
+/// A base with quantized weights, which have no gradients.
 pub(super) fn full(decoder: &mut Decoder, device: &Device) -> Result<Params> {
+    let quantized = decoder.quantized();
+    if let Some(first) = quantized.first() {
+        let problem = format!(
+            "full trains every weight, and {} are quantized ({first} first); give quantize none, or train adapters",
+            quantized.len()
+        );
+        return Err(Error::setting("fine_tune_type", problem));
+    }
     let initial: Vec<(String, Tensor)> =
         decoder.parameters_mut().into_iter().map(|(name, parameter)| (name, parameter.value.clone())).collect();
     let params = Params::new(&initial, device)?;

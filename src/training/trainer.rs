@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 
 use super::checkpoint::{self, Fingerprint, State};
 use super::dataset::{Dataset, Row};
@@ -26,7 +26,7 @@ use crate::backend::custom_ops::cross_entropy::Loss;
 use crate::backend::memory;
 use crate::models::ModelFiles;
 use crate::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
-use crate::models::linear::DropoutRound;
+use crate::models::linear::{BaseWeight, DropoutRound, Parameter};
 use crate::training::adapter::AdapterFile;
 use crate::training::files;
 use crate::{Error, Result};
@@ -88,7 +88,8 @@ impl<'a> Trainer<'a> {
             let advice = "continue it with --resume, or choose another --adapter-path";
             return Err(Error::file(adapter_path, format!("holds the checkpoints of an earlier run; {advice}")));
         }
-        let weights = model.weights(options.weight_dtype(device, model.own_dtype()?), device)?;
+        let holding = options.holding(model, device)?;
+        let weights = model.base(&holding, device)?;
         let fingerprint = model_fingerprint(&weights)?;
         let mut decoder = Decoder::new(&model.config, weights, device)?;
         let params = match options.fine_tune_type {
@@ -97,7 +98,7 @@ impl<'a> Trainer<'a> {
         };
         let lengths = lengths(&train.rows);
         let total = options.steps(&lengths);
-        let sizes = Sizes::new(&model.config, &options, decoder.dtype(), device)?;
+        let sizes = Sizes::new(&model.config, &options, &holding, device)?;
         let work = largest_pass(&options, &train.rows);
         let available = memory::available(device)?;
         let (checkpointing, plan) = sizes.choose(options.grad_checkpoint, work, available);
@@ -437,14 +438,23 @@ pub fn evaluate(decoder: &Decoder, rows: &[Row], batch_size: usize, batches: usi
 }
 
 /// Of each weight's first values: enough to tell one checkpoint of a model from another.
-fn model_fingerprint(weights: &HashMap<String, Tensor>) -> Result<Fingerprint> {
+fn model_fingerprint(weights: &HashMap<String, BaseWeight>) -> Result<Fingerprint> {
     let mut names: Vec<&String> = weights.keys().collect();
     names.sort_unstable();
     let mut fingerprint = Fingerprint::default();
     for name in names {
-        let flat = weights[name].flatten_all()?;
-        let first = flat.narrow(0, 0, flat.elem_count().min(64))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        fingerprint.add(name.bytes().chain(first.into_iter().flat_map(f32::to_le_bytes)));
+        let first: Vec<u8> = match &weights[name] {
+            BaseWeight::Dense(Parameter { value, .. }) => {
+                let flat = value.flatten_all()?;
+                let first = flat.narrow(0, 0, flat.elem_count().min(64))?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                first.into_iter().flat_map(f32::to_le_bytes).collect()
+            }
+            BaseWeight::Quantized(blocks) => {
+                let flat = blocks.bytes().flatten_all()?;
+                flat.narrow(0, 0, flat.elem_count().min(64))?.to_vec1()?
+            }
+        };
+        fingerprint.add(name.bytes().chain(first));
     }
     Ok(fingerprint)
 }

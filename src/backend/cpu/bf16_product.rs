@@ -8,6 +8,9 @@
 
 use half::bf16;
 
+use super::blocks::Blocks;
+use super::floats::Floats;
+
 /// The right side of a product.
 #[derive(Debug, Clone, Copy)]
 pub enum Rhs<'a> {
@@ -15,6 +18,37 @@ pub enum Rhs<'a> {
     Plain(&'a [bf16]),
     /// The transpose of `[c, d]`, row-major.
     Transposed(&'a [bf16]),
+    /// `[d, c]`, row-major, quantized.
+    Blocks(Blocks<'a>),
+    /// The transpose of `[c, d]`, row-major, quantized.
+    BlocksTransposed(Blocks<'a>),
+}
+
+impl<'a> Rhs<'a> {
+    /// `w` as it lies; `None` where it is of another dtype.
+    pub fn plain(w: &Floats<'a>) -> Option<Self> {
+        match *w {
+            Floats::BF16(w) => Some(Self::Plain(w)),
+            Floats::Quantized(w) => Some(Self::Blocks(w)),
+            _ => None,
+        }
+    }
+
+    /// The transpose of `w`; `None` where it is of another dtype.
+    pub fn transposed(w: &Floats<'a>) -> Option<Self> {
+        match *w {
+            Floats::BF16(w) => Some(Self::Transposed(w)),
+            Floats::Quantized(w) => Some(Self::BlocksTransposed(w)),
+            _ => None,
+        }
+    }
+
+    fn len(self) -> usize {
+        match self {
+            Self::Plain(w) | Self::Transposed(w) => w.len(),
+            Self::Blocks(w) | Self::BlocksTransposed(w) => w.len(),
+        }
+    }
 }
 
 /// Whether this processor has the instruction and the depth makes pairs.
@@ -81,8 +115,7 @@ mod avx512 {
     pub fn product(dst: &mut [f32], keep: bool, lhs: &[bf16], rhs: Rhs, depth: usize, columns: usize) {
         assert!(takes(depth), "no bf16 product of depth {depth} here");
         let rows = lhs.len() / depth;
-        let (Rhs::Plain(elements) | Rhs::Transposed(elements)) = rhs;
-        let sizes = (lhs.len(), elements.len(), dst.len());
+        let sizes = (lhs.len(), rhs.len(), dst.len());
         assert_eq!(sizes, (rows * depth, depth * columns, rows * columns), "shapes of a bf16 product");
         let out = Columns { data: dst.as_mut_ptr(), stride: columns };
         (0..columns.div_ceil(COLUMNS)).into_par_iter().for_each_init(
@@ -179,6 +212,28 @@ mod avx512 {
                         for (p, pair) in row.as_chunks::<2>().0.iter().enumerate() {
                             words[p * COLUMNS + j] = word(pair[0], pair[1]);
                         }
+                    }
+                }
+            }
+            Rhs::Blocks(rhs) => {
+                let mut rows = [[0.0; COLUMNS]; 2];
+                for (pair, words) in panel.chunks_exact_mut(COLUMNS).enumerate() {
+                    for (i, row) in rows.iter_mut().enumerate() {
+                        rhs.widen_into((from + 2 * pair + i) * columns + first, &mut row[..width]);
+                    }
+                    let [low, high] = &rows;
+                    for ((to, &low), &high) in words[..width].iter_mut().zip(low).zip(high) {
+                        *to = word(bf16::from_f32(low), bf16::from_f32(high));
+                    }
+                }
+            }
+            Rhs::BlocksTransposed(rhs) => {
+                let mut row = [0.0; DEPTH];
+                for j in 0..width {
+                    let row = &mut row[..deep];
+                    rhs.widen_into((first + j) * depth + from, row);
+                    for (p, pair) in row.as_chunks::<2>().0.iter().enumerate() {
+                        panel[p * COLUMNS + j] = word(bf16::from_f32(pair[0]), bf16::from_f32(pair[1]));
                     }
                 }
             }

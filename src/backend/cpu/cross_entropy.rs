@@ -66,7 +66,7 @@ impl Problem<'_> {
         let mut z = vec![0.0; size * vocab];
         // Where the products are of bf16, z is rounded to it for the gradient of hidden alone (dhead's buffer is f32); x is bf16 as it lies.
         let (mut x16, mut z16) = (Vec::new(), Vec::new());
-        if let (Floats::BF16(_), Floats::BF16(_)) = (hidden, head)
+        if let (Floats::BF16(_), Floats::BF16(_) | Floats::Quantized(_)) = (hidden, head)
             && bf16_product::takes(n)
             && bf16_product::takes(vocab)
         {

@@ -1,5 +1,5 @@
-//! Reads f32, f16 and bf16 tensors as f32: in place where they are f32, a range at a time where they are not. One kernel
-//! then serves every mix of dtypes.
+//! Reads f32, f16, bf16 and quantized tensors as f32: in place where they are f32, a range at a time where they are not. One
+//! kernel then serves every mix of dtypes.
 
 use std::borrow::Cow;
 
@@ -8,13 +8,16 @@ use candle_core::{CpuStorage, DType, Device, Layout, Shape, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::blocks::Blocks;
 use super::{Element, View, contiguous_range, simd, update, view};
+use crate::backend::custom_ops::Weight;
+use crate::backend::quantized::{Kind, QuantizedTensor};
 use crate::{Error, Result};
 
 /// Elements per parallel task of the conversions.
 const TASK: usize = 1 << 14;
 
-/// Elements of any of the three dtypes, row-major.
+/// Elements of any of the three dtypes, or quantized; row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Floats<'a> {
     /// f32
@@ -23,6 +26,8 @@ pub enum Floats<'a> {
     F16(&'a [f16]),
     /// bf16
     BF16(&'a [bf16]),
+    /// Rows of whole blocks.
+    Quantized(Blocks<'a>),
 }
 
 impl<'a> Floats<'a> {
@@ -52,6 +57,7 @@ impl<'a> Floats<'a> {
             Self::F32(elements) => elements.len(),
             Self::F16(elements) => elements.len(),
             Self::BF16(elements) => elements.len(),
+            Self::Quantized(blocks) => blocks.len(),
         }
     }
 
@@ -77,6 +83,7 @@ impl<'a> Floats<'a> {
             Self::F32(elements) => dst.copy_from_slice(&elements[range]),
             Self::F16(elements) => widen(&elements[range], dst),
             Self::BF16(elements) => widen(&elements[range], dst),
+            Self::Quantized(blocks) => blocks.widen_into(start, dst),
         }
     }
 
@@ -91,7 +98,7 @@ impl<'a> Floats<'a> {
     }
 }
 
-/// A contiguous CPU tensor of any of the three dtypes, read-locked.
+/// A contiguous CPU tensor of any of the three dtypes, or a quantized one, read-locked.
 pub enum Held<'a> {
     /// f32
     F32(View<'a, f32>),
@@ -99,6 +106,8 @@ pub enum Held<'a> {
     F16(View<'a, f16>),
     /// bf16
     BF16(View<'a, bf16>),
+    /// Blocks of a kind.
+    Quantized(View<'a, u8>, Kind),
 }
 
 impl<'a> Held<'a> {
@@ -112,12 +121,26 @@ impl<'a> Held<'a> {
         }
     }
 
+    /// Locks a quantized tensor; an error names the op and the tensor when it is elsewhere.
+    pub fn quantized(op: &'static str, name: &str, tensor: &'a QuantizedTensor) -> Result<Self> {
+        Ok(Self::Quantized(view(op, name, tensor.bytes())?, tensor.kind()))
+    }
+
+    /// Locks a weight of a product.
+    pub fn weight(op: &'static str, name: &str, weight: Weight<'a>) -> Result<Self> {
+        match weight {
+            Weight::Dense(tensor) => Self::of(op, name, tensor),
+            Weight::Quantized(tensor) => Self::quantized(op, name, tensor),
+        }
+    }
+
     /// The elements.
     pub fn floats(&self) -> Floats<'_> {
         match self {
             Self::F32(elements) => Floats::F32(elements),
             Self::F16(elements) => Floats::F16(elements),
             Self::BF16(elements) => Floats::BF16(elements),
+            Self::Quantized(bytes, kind) => Floats::Quantized(Blocks::new(*kind, bytes)),
         }
     }
 }

@@ -1,12 +1,13 @@
 //! `y = x Wᵀ + bias` and its gradients on the CPU: x `[m, k]`, W `[n, k]`, bias `[n]`, g `[m, n]`.
 //!
-//! Where x (or g) and W are bf16 and the processor multiplies bf16 itself, the products are `bf16_product`'s. Else all is read
-//! as f32, and half-precision weights are widened a tile of rows at a time, so W never exists twice. A few rows (decoding) take
-//! a path of their own: it is bound by reading W once, which `gemm` does on one core only.
+//! Where x (or g) is bf16, W bf16 or quantized, and the processor multiplies bf16 itself, the products are `bf16_product`'s. Else
+//! all is read as f32, and half-precision or quantized weights are widened a tile of rows at a time, so W never exists twice. A few
+//! rows (decoding) take a path of their own: it is bound by reading W once, which `gemm` does on one core only.
 
 use rayon::prelude::*;
 
 use super::bf16_product::{self, Rhs, product};
+use super::blocks_dot;
 use super::floats::Floats;
 use super::gemm::{Matrix, MatrixMut, gemm};
 use super::simd;
@@ -29,16 +30,16 @@ pub fn forward(x: &Floats, w: &Floats, bias: Option<&[f32]>, m: usize, k: usize,
 pub fn forward_into(y: &mut [f32], x: &Floats, w: &Floats, bias: Option<&[f32]>, k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     let few = m <= FEW_ROWS;
-    if let (Floats::BF16(x), Floats::BF16(w)) = (x, w)
+    if let (Floats::BF16(x), Some(rhs)) = (x, Rhs::transposed(w).filter(|rhs| !few || matches!(rhs, Rhs::Transposed(_))))
         && bf16_product::takes(k)
     {
         match bias {
             Some(bias) if !few => y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)),
             _ => {}
         }
-        match few {
-            true => bf16_product::few_rows(y, x, w, k),
-            false => product(y, bias.is_some(), x, Rhs::Transposed(w), k, n),
+        match rhs {
+            Rhs::Transposed(w) if few => bf16_product::few_rows(y, x, w, k),
+            rhs => product(y, bias.is_some(), x, rhs, k, n),
         }
         if let Some(bias) = bias.filter(|_| few) {
             y.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
@@ -63,10 +64,10 @@ pub fn forward_into(y: &mut [f32], x: &Floats, w: &Floats, bias: Option<&[f32]>,
 
 /// `dx += g W`, `[m, k]`.
 pub fn input_gradient(g: &Floats, w: &Floats, dx: &mut [f32], m: usize, k: usize, n: usize) {
-    if let (Floats::BF16(g), Floats::BF16(w)) = (g, w)
+    if let (Floats::BF16(g), Some(rhs)) = (g, Rhs::plain(w))
         && bf16_product::takes(n)
     {
-        return product(dx, true, g, Rhs::Plain(w), n, k);
+        return product(dx, true, g, rhs, n, k);
     }
     let g = g.to_f32();
     for_weight_tiles(w, k, n, |start, tile, rows| {
@@ -116,6 +117,12 @@ fn few_rows(x: &[f32], w: &Floats, y: &mut [f32], m: usize, k: usize, n: usize) 
     // Rows of W per task: about 64 KiB of f32, and a number that does not depend on the machine.
     let task = ((1 << 14) / k).clamp(1, n.max(1));
     let mut columns = vec![0.0; n * m];
+    if let Floats::Quantized(w) = w {
+        let x = blocks_dot::Rows::new(x, k);
+        let parts = columns.par_chunks_mut(task * m).enumerate();
+        parts.for_each(|(index, columns)| x.dots(w, index * task, columns));
+        return add_columns(&columns, y, m, n);
+    }
     columns.par_chunks_mut(task * m).enumerate().for_each(|(index, columns)| {
         let mut wide = if w.as_f32().is_some() { Vec::new() } else { vec![0.0; k] };
         for (offset, sums) in columns.chunks_exact_mut(m).enumerate() {
@@ -132,6 +139,11 @@ fn few_rows(x: &[f32], w: &Floats, y: &mut [f32], m: usize, k: usize, n: usize) 
             }
         }
     });
+    add_columns(&columns, y, m, n);
+}
+
+/// `y += columnsᵀ`: columns `[n, m]`, y `[m, n]`.
+fn add_columns(columns: &[f32], y: &mut [f32], m: usize, n: usize) {
     for (j, sums) in columns.chunks_exact(m).enumerate() {
         for (i, sum) in sums.iter().enumerate() {
             y[i * n + j] += sum;
@@ -140,7 +152,7 @@ fn few_rows(x: &[f32], w: &Floats, y: &mut [f32], m: usize, k: usize, n: usize) 
 }
 
 /// `Σ a · b` in 32 partial sums.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     simd(
         #[inline(always)]
         || {

@@ -8,6 +8,8 @@
 pub mod adamw;
 pub mod attention;
 pub mod bf16_product;
+pub mod blocks;
+pub mod blocks_dot;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod exp;

@@ -1,7 +1,7 @@
 //! Cross entropy fused with the output projection: `loss = Σ over counted rows of (logsumexp(z) - z[target])` with
 //! `z = hidden · headᵀ`, without ever holding all logits.
 //!
-//! `hidden` `[T, H]` and `head` `[V, H]` f32, f16 or bf16, each of its own dtype; `targets` T ids, of which rows with
+//! `hidden` `[T, H]` and `head` `[V, H]` f32, f16 or bf16, each of its own dtype, `head` also quantized; `targets` T ids, of which rows with
 //! [`IGNORE`] are left out before any work. The counted rows are taken in chunks whose logits fit in a bounded buffer; in
 //! backward the chunk's logits become `scale · (softmax(z) - onehot)` in place, which gives `dhidden = P · head` and
 //! `dhead += Pᵀ · hidden` at once. On CUDA P is rounded to hidden's dtype. Logits are f32, the loss is summed in f64. The idea is Liger-Kernel's and Apple's
@@ -11,6 +11,7 @@ use candle_core::{DType, Tensor};
 
 use super::check::{dims2, expect_dtype, on_cpu, shape};
 use super::tape::record;
+use super::weight::Weight;
 use crate::backend::cpu::cross_entropy::Problem;
 use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::update;
@@ -109,50 +110,55 @@ fn sum_of(rows: &Tensor) -> Result<f64> {
 }
 
 /// The loss alone.
-pub fn forward(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Loss> {
+pub fn forward<'a>(hidden: &Tensor, head: impl Into<Weight<'a>>, targets: &[u32]) -> Result<Loss> {
+    let head = head.into();
     let counted = check(hidden, head, targets)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device()) {
-        return cuda::cross_entropy::run(hidden, head, targets, &counted, None, None)?.0.read();
+        return cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?.0.read();
     }
     #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
     if hidden.device().is_metal() {
-        return metal::cross_entropy::loss(hidden, head, targets, &counted, None, None)?.0.read();
+        return metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?.0.read();
     }
-    on_cpu(OP, &[hidden, head])?;
-    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
+    on_cpu(OP, &[hidden])?;
+    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::weight(OP, "head", head)?);
     let sum = problem(&held, &held_head, targets, &counted, head.dims()[1]).loss();
     Ok(Loss { sum, count: counted.len() })
 }
 
 /// The loss and `dhidden = scale · ∂sum/∂hidden`, in hidden's dtype and zero in rows that are not counted;
 /// `dhead` `[V, H]` f32 += `scale · ∂sum/∂head`. For the mean's gradient give `scale = 1 / count`.
-pub fn forward_backward(
+pub fn forward_backward<'a>(
     hidden: &Tensor,
-    head: &Tensor,
+    head: impl Into<Weight<'a>>,
     targets: &[u32],
     scale: f32,
     dhead: Option<&Tensor>,
 ) -> Result<(Pending, Tensor)> {
+    let head = head.into();
     let counted = check(hidden, head, targets)?;
     if let Some(dhead) = dhead {
         shape(OP, "dhead", dhead, head.dims())?;
+        if matches!(head, Weight::Quantized(_)) {
+            return Err(Error::op(OP, "dhead is wanted of a quantized head, which is frozen"));
+        }
         expect_dtype(OP, "dhead", dhead, DType::F32)?;
     }
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device())
-        && let (loss, Some(dhidden)) = cuda::cross_entropy::run(hidden, head, targets, &counted, Some(scale), dhead)?
+        && let (loss, Some(dhidden)) = cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
     {
         return Ok((loss, dhidden));
     }
     #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
     if hidden.device().is_metal()
-        && let (loss, Some(dhidden)) = metal::cross_entropy::loss(hidden, head, targets, &counted, Some(scale), dhead)?
+        && let (loss, Some(dhidden)) = metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
     {
         return Ok((loss, dhidden));
     }
-    on_cpu(OP, &[hidden, head])?;
-    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::of(OP, "head", head)?);
+    on_cpu(OP, &[hidden])?;
+    let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::weight(OP, "head", head)?);
     let problem = problem(&held, &held_head, targets, &counted, head.dims()[1]);
     let (sum, dhidden) = match dhead {
         None => problem.loss_and_gradients(scale, None),
@@ -184,10 +190,13 @@ fn problem<'a>(hidden: &'a Held, head: &'a Held, targets: &'a [u32], counted: &'
 }
 
 /// The counted rows.
-fn check(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Vec<usize>> {
+fn check(hidden: &Tensor, head: Weight, targets: &[u32]) -> Result<Vec<usize>> {
     let (tokens, n) = dims2(OP, "hidden", hidden, "[tokens, hidden]")?;
-    let (vocab, _) = dims2(OP, "head", head, "[vocabulary, hidden]")?;
-    shape(OP, "head", head, &[vocab, n])?;
+    let vocab = match *head.dims() {
+        [vocab, columns] if columns == n => vocab,
+        ref other => return Err(Error::op(OP, format!("head has shape {other:?}, but [vocabulary, {n}] is needed"))),
+    };
+    head.check(OP, "head", hidden)?;
     if targets.len() != tokens {
         return Err(Error::op(OP, format!("{} targets for {tokens} rows; one each is needed", targets.len())));
     }

@@ -6,11 +6,13 @@
 use candle_core::{DType, Tensor};
 
 use super::check::{dims2, expect_dtype, float, on_cpu, shape};
+use crate::backend::cpu::floats::{Held, tensor_of};
 use crate::backend::cpu::{self, by_dtype, tensor, update, view};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
 #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
 use crate::backend::metal;
+use crate::backend::quantized::QuantizedTensor;
 use crate::{Error, Result};
 
 const OP: &str = "embedding";
@@ -36,6 +38,21 @@ pub fn forward(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
         }
         tensor(y, (ids.len(), hidden))
     })
+}
+
+/// The rows of a quantized table for `ids`: `[ids.len(), H]` in `dtype`. On the CPU.
+///
+/// # Errors
+/// An id outside the table; a table elsewhere.
+pub fn forward_quantized(table: &QuantizedTensor, ids: &[u32], dtype: DType) -> Result<Tensor> {
+    let &[vocab, hidden] = table.dims();
+    check_ids(ids, vocab)?;
+    let held = Held::quantized(OP, "table", table)?;
+    let mut y = vec![0.0; ids.len() * hidden];
+    for (y, &id) in y.chunks_exact_mut(hidden).zip(ids) {
+        held.floats().widen_into(id as usize * hidden, y);
+    }
+    tensor_of(y, (ids.len(), hidden), dtype)
 }
 
 /// `dtable` += the rows of `g` at `ids`.

@@ -1,6 +1,6 @@
 //! The base linear layer: `y = x Wᵀ + bias`.
 //!
-//! x `[.., k]`, W `[n, k]`, bias `[n]`, y and g `[.., n]`, each f32, f16 or bf16; y has x's dtype. Sums are f32.
+//! x `[.., k]`, W `[n, k]`, bias `[n]`, y and g `[.., n]`, each f32, f16 or bf16, W also quantized; y has x's dtype. Sums are f32.
 //! Gradients: `dx += g W`, `dW += gᵀ x`, `dbias += Σ rows of g`. Gradients of parameters are f32; dx is f32 or of x's dtype.
 //! On Metal the products are Candle's own `matmul`, in f32 for gradients: that is the way there, not a fallback.
 
@@ -10,6 +10,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::check::{self, with_last};
+use super::weight::Weight;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of, update_f32};
 use crate::backend::{cpu, cuda, fallback};
 use crate::{Error, Result};
@@ -20,24 +21,26 @@ const OP: &str = "linear";
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn forward<'a>(x: &Tensor, w: impl Into<Weight<'a>>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let w = w.into();
     let size = Size::of(OP, x, w, bias)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
-        return cuda::linear::forward(x, w, bias, [size.m, size.k, size.n]);
+        return cuda::linear::forward(x, &w.to_dense(x.dtype())?, bias, [size.m, size.k, size.n]);
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        return composite(&x.detach(), &w.detach(), bias, &size)?.detach().reshape(shape).map_err(Error::from);
+        return composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &size)?.detach().reshape(shape).map_err(Error::from);
     }
-    let (x, w) = (x.contiguous()?, w.contiguous()?);
+    let x = x.contiguous()?;
     let bias = bias.map(Tensor::contiguous).transpose()?;
     let bias = bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
     let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
     let values = Held::of(OP, "x", &x)?;
+    let w = w.contiguous()?;
     let y = cpu::linear::forward(
         &values.floats(),
-        &Held::of(OP, "w", &w)?.floats(),
+        &Held::weight(OP, "w", w.borrow())?.floats(),
         bias.as_deref(),
         size.m,
         size.k,
@@ -50,14 +53,15 @@ pub fn forward(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> 
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn backward(
+pub fn backward<'a>(
     x: &Tensor,
-    w: &Tensor,
+    w: impl Into<Weight<'a>>,
     g: &Tensor,
     dx: Option<&Tensor>,
     dw: Option<&Tensor>,
     dbias: Option<&Tensor>,
 ) -> Result<()> {
+    let w = w.into();
     let size = Size::of(OP, x, w, None)?;
     check::gradient(OP, "g", g, &with_last(x.dims(), size.n), x)?;
     if let Some(dx) = dx {
@@ -65,6 +69,9 @@ pub fn backward(
     }
     if let Some(dw) = dw {
         check::sink(OP, "dw", dw, w.dims(), x)?;
+        if matches!(w, Weight::Quantized(_)) {
+            return Err(Error::op(OP, "dw is wanted of a quantized w, which is frozen"));
+        }
     }
     if let Some(dbias) = dbias {
         check::sink(OP, "dbias", dbias, &[size.n], x)?;
@@ -72,12 +79,12 @@ pub fn backward(
     let Size { m, k, n } = size;
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
-        return cuda::linear::backward(x, w, g, dx, dw, dbias, [m, k, n]);
+        return cuda::linear::backward(x, &w.to_dense(x.dtype())?, g, dx, dw, dbias, [m, k, n]);
     }
     if !x.device().is_cpu() {
         let g = g.to_dtype(DType::F32)?.reshape((m, n))?;
         if let Some(dx) = dx {
-            fallback::accumulate(dx, &g.matmul(&w.to_dtype(DType::F32)?)?)?;
+            fallback::accumulate(dx, &g.matmul(&w.to_dense(DType::F32)?.to_dtype(DType::F32)?)?)?;
         }
         if let Some(dw) = dw {
             fallback::accumulate(dw, &g.t()?.matmul(&x.to_dtype(DType::F32)?.reshape((m, k))?)?)?;
@@ -91,7 +98,7 @@ pub fn backward(
     let g = Held::of(OP, "g", &g)?;
     if let Some(dx) = dx {
         let w = w.contiguous()?;
-        let w = Held::of(OP, "w", &w)?;
+        let w = Held::weight(OP, "w", w.borrow())?;
         update_f32(OP, "dx", dx, |dx| {
             cpu::linear::input_gradient(&g.floats(), &w.floats(), dx, m, k, n);
             Ok(())
@@ -125,7 +132,7 @@ pub fn backward(
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let size = Size::of(OP, x, w, bias)?;
+    let size = Size::of(OP, x, w.into(), bias)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
     if cuda::takes(x.device()) && size.m > 0 && w.dtype() != x.dtype() {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
@@ -193,11 +200,10 @@ pub(super) struct Size {
 
 impl Size {
     /// Checks shapes, dtypes and devices.
-    pub fn of(op: &'static str, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+    pub fn of(op: &'static str, x: &Tensor, w: Weight, bias: Option<&Tensor>) -> Result<Self> {
         let k = check::last(op, "x", x.dims())?;
         check::float(op, "x", x)?;
-        check::float(op, "w", w)?;
-        check::same_device(op, "w", w, "x", x)?;
+        w.check(op, "w", x)?;
         let n = match *w.dims() {
             [n, columns] if columns == k && n > 0 => n,
             _ => {

@@ -15,6 +15,7 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Tensor};
 use super::check::with_last;
 use super::fused_lora::{self, Sink, Size};
 use super::linear;
+use super::weight::{Frozen, Weight};
 use crate::backend::cpu;
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of};
 use crate::backend::cpu::fused_lora::Lora;
@@ -28,7 +29,7 @@ const OP: &str = "lora_linear";
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
     /// W `[n, k]`.
-    pub w: &'a Tensor,
+    pub w: Weight<'a>,
     /// `[n]`.
     pub bias: Option<&'a Tensor>,
     /// Its adapter.
@@ -151,31 +152,31 @@ pub fn backward_shared(
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn forward(
+pub fn forward<'a>(
     x: &Tensor,
-    w: &Tensor,
+    w: impl Into<Weight<'a>>,
     bias: Option<&Tensor>,
     a: &Tensor,
     b: &Tensor,
     s: f64,
     dropout: Option<Dropout>,
 ) -> Result<(Tensor, Tensor)> {
+    let w = w.into();
     let size = check_inputs(x, w, bias, a, b, dropout)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
-        return cuda::lora_linear::forward(x, w, bias, a, b, s, dropout, size.cuda()?);
+        return cuda::lora_linear::forward(x, &w.to_dense(x.dtype())?, bias, a, b, s, dropout, size.cuda()?);
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
         // The base product is Candle's own; the adapter is added to it in place.
         let base = linear::Size { m: size.m, k: size.k, n: size.n };
-        let y = linear::composite(&x.detach(), &w.detach(), bias, &base)?.detach().reshape(shape)?;
+        let y = linear::composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &base)?.detach().reshape(shape)?;
         let h = fused_lora::add_into(&y, x, a, b, s, dropout)?;
         return Ok((y, h));
     }
-    let (x, w, a, b) = (x.contiguous()?, w.contiguous()?, a.contiguous()?, b.contiguous()?);
-    let bias = bias.map(Tensor::contiguous).transpose()?;
-    let frozen = Frozen { w, bias };
+    let (x, a, b) = (x.contiguous()?, a.contiguous()?, b.contiguous()?);
+    let frozen = Base { w: w.contiguous()?, bias: bias.map(Tensor::contiguous).transpose()? };
     let (y, h) = fused_lora::with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
         let mut y = frozen.forward(&Held::of(OP, "x", &x)?.floats(), &size)?;
         let h = lora.add_delta_keeping_h(&mut y);
@@ -189,9 +190,9 @@ pub fn forward(
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 #[allow(clippy::too_many_arguments)]
-pub fn backward(
+pub fn backward<'a>(
     x: &Tensor,
-    w: &Tensor,
+    w: impl Into<Weight<'a>>,
     a: &Tensor,
     b: &Tensor,
     h: Option<&Tensor>,
@@ -200,11 +201,13 @@ pub fn backward(
     dropout: Option<Dropout>,
     sink: Sink,
 ) -> Result<()> {
+    let w = w.into();
     let size = check_inputs(x, w, None, a, b, dropout)?;
     fused_lora::check_backward(OP, x, h, g, &size, &sink)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
-        return cuda::lora_linear::backward(x, w, a, b, h, g, s, dropout, size.cuda()?, &sink, true);
+        let w = w.to_dense(x.dtype())?;
+        return cuda::lora_linear::backward(x, &w, a, b, h, g, s, dropout, size.cuda()?, &sink, true);
     }
     if let Some(dx) = sink.dx {
         linear::backward(x, w, g, Some(dx), None, None)?;
@@ -234,7 +237,7 @@ pub fn lora_linear_with_dropout(
     s: f64,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    let size = check_inputs(x, w, bias, a, b, dropout)?;
+    let size = check_inputs(x, w.into(), bias, a, b, dropout)?;
     let (w, bias) = (w.detach(), bias.map(Tensor::detach));
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) && size.m > 0 && (w.dtype() != x.dtype() || cuda::lora_linear::in_f32(x, size.cuda()?)) {
@@ -251,30 +254,30 @@ pub fn lora_linear_with_dropout(
         true => bias.to_dtype(x.dtype())?.contiguous(),
         false => bias.contiguous(),
     });
-    let frozen = Frozen { w: w.contiguous()?, bias: bias.transpose()? };
+    let frozen = Base { w: Frozen::Dense(w.contiguous()?), bias: bias.transpose()? };
     let op = Taped { frozen, s, dropout, size, h: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
 }
 
 /// W and bias, contiguous.
-struct Frozen {
-    w: Tensor,
+struct Base {
+    w: Frozen,
     bias: Option<Tensor>,
 }
 
-impl Frozen {
+impl Base {
     /// `x Wᵀ + bias`, `[m, n]`.
     fn forward(&self, x: &Floats, size: &Size) -> Result<Vec<f32>> {
         let bias = self.bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
-        let w = Held::of(OP, "w", &self.w)?;
+        let w = Held::weight(OP, "w", self.w.borrow())?;
         Ok(cpu::linear::forward(x, &w.floats(), bias.as_deref(), size.m, size.k, size.n))
     }
 }
 
 /// The op on the tape; its arguments are contiguous.
 struct Taped {
-    frozen: Frozen,
+    frozen: Base,
     s: f64,
     dropout: Option<Dropout>,
     size: Size,
@@ -315,9 +318,9 @@ impl CustomOp3 for Taped {
         b_layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         let inputs = [(x, x_layout), (a, a_layout), (b, b_layout)];
-        let Frozen { w, bias } = &self.frozen;
-        let size = self.size.cuda()?;
-        let (y, h) = cuda::lora_linear::taped(inputs, w, bias.as_ref(), self.s, self.dropout, size)?;
+        let Base { w, bias } = &self.frozen;
+        let (w, size) = (w.borrow().to_dense(x.dtype())?, self.size.cuda()?);
+        let (y, h) = cuda::lora_linear::taped(inputs, &w, bias.as_ref(), self.s, self.dropout, size)?;
         let _ = self.h.set(h);
         Ok((y, with_last(x_layout.dims(), self.size.n).into()))
     }
@@ -330,11 +333,12 @@ impl CustomOp3 for Taped {
         _: &Tensor,
         g: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (w, h) = (&self.frozen.w, self.h.get());
+        let (w, h) = (self.frozen.w.borrow(), self.h.get());
         #[cfg(feature = "cuda")]
         if cuda::takes(x.device()) {
             let (size, wanted) = (self.size.cuda()?, [x, a, b].map(Tensor::track_op));
-            let [dx, da, db] = cuda::lora_linear::gradients(x, w, a, b, h, g, self.s, self.dropout, size, wanted)?;
+            let w = w.to_dense(x.dtype())?;
+            let [dx, da, db] = cuda::lora_linear::gradients(x, &w, a, b, h, g, self.s, self.dropout, size, wanted)?;
             return Ok((dx, fused_lora::cast(da, a)?, fused_lora::cast(db, b)?));
         }
         fused_lora::tape_gradients(x, a, b, |sink| backward(x, w, a, b, h, g, self.s, self.dropout, sink))
@@ -357,7 +361,7 @@ fn check_parts(x: &Tensor, parts: &[Part]) -> Result<()> {
 
 fn check_inputs(
     x: &Tensor,
-    w: &Tensor,
+    w: Weight,
     bias: Option<&Tensor>,
     a: &Tensor,
     b: &Tensor,

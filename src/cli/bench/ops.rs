@@ -9,7 +9,10 @@ use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::lora_linear::{self, Part};
 use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::custom_ops::{attention, cross_entropy, rms_norm, rope, swiglu};
+use metal_candle::backend::quantized::QuantizedTensor;
 use metal_candle::models::ModelConfig;
+use metal_candle::models::block::LINEAR_NAMES;
+use metal_candle::models::linear::BaseWeight;
 
 use super::Modules;
 use super::step::Work;
@@ -21,7 +24,7 @@ pub fn by_op(config: &ModelConfig, work: &Work, device: &Device) -> Result<Vec<(
     let t = work.batch * work.tokens;
     let (heads, kv_heads, dim) = (config.num_heads, config.num_kv_heads, config.head_dim);
     let (layers, kv) = (config.num_layers as f64, kv_heads * dim);
-    let dtype = work.dtype;
+    let dtype = work.holding.dtype;
     let random = |shape: &[usize], dtype: DType| Tensor::randn(0.0_f32, 1.0, shape, device)?.to_dtype(dtype);
     let tensor = |shape: &[usize]| random(shape, dtype);
     let time = |run: &dyn Fn() -> Result<()>| time(device, run);
@@ -35,18 +38,27 @@ pub fn by_op(config: &ModelConfig, work: &Work, device: &Device) -> Result<Vec<(
     ];
     let mut rows: Vec<(&str, f64)> = Vec::new();
     let (mut base_forward, mut base_backward, mut forward, mut backward) = (0.0, 0.0, 0.0, 0.0);
+    let mut names = LINEAR_NAMES.iter();
     for (k, linears) in &groups {
         let x = tensor(&[t, *k])?;
         let mut held = Vec::new();
         for &(n, adapted) in linears {
             let (a, b) = (random(&[*k, work.rank], DType::F32)?, random(&[work.rank, n], DType::F32)?);
             let (da, db) = (a.zeros_like()?, b.zeros_like()?);
-            held.push((tensor(&[n, *k])?, a, b, da, db, tensor(&[t, n])?, adapted));
+            let name = names.next().copied().unwrap_or_default();
+            let w: BaseWeight = match work.holding.kinds.get(&format!("model.layers.0.{name}.weight")) {
+                Some(&kind) => {
+                    let dense = Tensor::randn(0.0_f32, 1.0, (n, *k), &Device::Cpu)?;
+                    QuantizedTensor::quantize(&dense, kind)?.to_device(device)?.into()
+                }
+                None => tensor(&[n, *k])?.into(),
+            };
+            held.push((w, a, b, da, db, tensor(&[t, n])?, adapted));
         }
         let adapter = |a, b, adapted: bool| adapted.then_some(lora_linear::Adapter { a, b, s: 2.0, dropout: None });
         let parts: Vec<Part> = held
             .iter()
-            .map(|(w, a, b, .., adapted)| Part { w, bias: None, adapter: adapter(a, b, *adapted) })
+            .map(|(w, a, b, .., adapted)| Part { w: w.value(), bias: None, adapter: adapter(a, b, *adapted) })
             .collect();
         let base: Vec<Part> = parts.iter().map(|part| Part { adapter: None, ..*part }).collect();
         let g: Vec<&Tensor> = held.iter().map(|(.., g, _)| g).collect();

@@ -1,15 +1,17 @@
 //! Whole training steps of a model with random weights.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::linear;
 use metal_candle::backend::memory;
-use metal_candle::models::ModelConfig;
+use metal_candle::backend::quantized::QuantizedTensor;
+use metal_candle::models::{Holding, ModelConfig};
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
-use metal_candle::models::linear::{Adapter, DropoutRound};
+use metal_candle::models::linear::{Adapter, BaseWeight, DropoutRound};
 use metal_candle::training::params::Params;
 use metal_candle::{Error, Result};
 
@@ -31,7 +33,8 @@ pub struct Work {
     pub tokens: usize,
     pub rank: usize,
     pub modules: Modules,
-    pub dtype: DType,
+    /// What the weights are held in.
+    pub holding: Holding,
     pub checkpointing: Checkpointing,
 }
 
@@ -60,15 +63,30 @@ pub fn model(name: &str) -> Result<ModelConfig> {
 
 /// One step more than `steps`, the first of which is not counted: loss, gradients, norm, AdamW. Each is told to `tell`.
 pub fn run(config: &ModelConfig, work: &Work, steps: usize, device: &Device, tell: &dyn Fn(String)) -> Result<Took> {
-    let mut weights = HashMap::new();
+    let (mut weights, mut quantized) = (HashMap::new(), HashMap::new());
     for (name, shape) in config.weight_shapes() {
         let (mean, spread) = match shape.as_slice() {
             [_] => (1.0, 0.0),
             [.., columns] => (0.0, 1.0 / (*columns as f32).sqrt()),
             [] => continue,
         };
-        weights.insert(name, Tensor::randn(mean, spread, shape, device)?.to_dtype(work.dtype)?);
+        let weight: BaseWeight = match work.holding.kinds.get(&name) {
+            None => Tensor::randn(mean, spread, shape, device)?.to_dtype(work.holding.dtype)?.into(),
+            Some(&kind) => {
+                // Quantized once for each shape; every block has bytes of its own all the same.
+                let made = match quantized.entry(shape.clone()) {
+                    Entry::Occupied(made) => made.into_mut(),
+                    Entry::Vacant(place) => {
+                        let dense = Tensor::randn(mean, spread, shape, &Device::Cpu)?;
+                        place.insert(QuantizedTensor::quantize(&dense, kind)?)
+                    }
+                };
+                made.copy_to(device)?.into()
+            }
+        };
+        weights.insert(name, weight);
     }
+    drop(quantized);
     let mut decoder = Decoder::new(config, weights, device)?;
     let targets: Vec<(String, (usize, usize))> = decoder
         .linears()
