@@ -8,7 +8,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-const SOURCES: [&str; 6] = ["fused_lora", "fused_lora_backward", "linear", "decoder", "attention", "attention_hopper"];
+const SOURCES: [&str; 7] =
+    ["fused_lora", "fused_lora_backward", "linear", "decoder", "attention", "dequantize", "attention_hopper"];
 /// Of these, those whose instructions only compute capability 9.0 has. Other GPUs take other ways.
 const HOPPER: [&str; 2] = ["linear", "attention_hopper"];
 

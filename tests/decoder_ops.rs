@@ -16,30 +16,14 @@ use metal_candle::backend::reference;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-/// Where the ops run: the CPU, or with `METAL_CANDLE_TEST_DEVICE=cuda` or `=metal` the first GPU.
-fn device() -> Device {
-    thread_local! {
-        static DEVICE: Device = match std::env::var("METAL_CANDLE_TEST_DEVICE").as_deref() {
-            Err(_) | Ok("cpu") => Device::Cpu,
-            Ok("cuda") => {
-                metal_candle::backend::cuda::check(0).unwrap();
-                Device::new_cuda(0).unwrap()
-            }
-            Ok("metal") => Device::new_metal(0).unwrap(),
-            Ok(other) => panic!("METAL_CANDLE_TEST_DEVICE is {other}; cpu, cuda and metal are known"),
-        };
-    }
-    DEVICE.with(Device::clone)
-}
-
 /// Candle makes no tensor without elements on a GPU, so that those cases are for the CPU.
 fn no_elements(shape: &[usize]) -> bool {
-    !device().is_cpu() && shape.contains(&0)
+    !test_device().is_cpu() && shape.contains(&0)
 }
 
-/// [`common::random`] on [`device`].
+/// [`common::random`] on [`common::test_device`].
 fn random(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
-    common::random(shape, dtype, seed).to_device(&device()).unwrap()
+    common::random(shape, dtype, seed).to_device(&test_device()).unwrap()
 }
 
 /// [`cross_entropy::forward_backward`] with the loss read.
@@ -156,7 +140,7 @@ fn check_rope(tokens: usize, heads: usize, dim: usize, dtype: DType) {
     let angles: Vec<f32> = common::uniform(40 * dim / 2, 3).iter().map(|angle| 3.0 * angle).collect();
     let table = |f: fn(f32) -> f32| {
         let values: Vec<f32> = angles.iter().map(|&angle| f(angle)).collect();
-        Tensor::from_vec(values, (40, dim / 2), &device()).unwrap()
+        Tensor::from_vec(values, (40, dim / 2), &test_device()).unwrap()
     };
     let (cos, sin) = (table(f32::cos), table(f32::sin));
     let positions: Vec<u32> = (0..tokens as u32).map(|token| token * 7 % 40).collect();
@@ -233,8 +217,8 @@ fn swiglu_agrees() {
     }
     check_swiglu(&[0, 4], DType::F32, Activation::Silu);
     // Where exp overflows and underflows.
-    let gate = Tensor::new(&[-300.0_f32, -89.0, 0.0, 89.0, 300.0], &device()).unwrap();
-    let up = Tensor::ones(5, DType::F32, &device()).unwrap();
+    let gate = Tensor::new(&[-300.0_f32, -89.0, 0.0, 89.0, 300.0], &test_device()).unwrap();
+    let up = Tensor::ones(5, DType::F32, &test_device()).unwrap();
     for activation in [Activation::Silu, Activation::GeluTanh] {
         let y = swiglu::forward(&gate, &up, activation).unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(y[2..], [0.0, 89.0, 300.0]);
@@ -372,9 +356,9 @@ fn attention_does_not_overflow() {
     let small = attention::forward(&(&q / 16.0).unwrap(), &k, &v, args).unwrap().0;
     assert_within("scores to a few hundred", &small, &want, 1e-4);
     // The first key has by far the largest score, and several tiles of keys follow it.
-    let q = Tensor::full(1.0_f32, (300, 1, 4), &device()).unwrap();
+    let q = Tensor::full(1.0_f32, (300, 1, 4), &test_device()).unwrap();
     let small = (random(&[299, 1, 4], DType::F32, 4) * 0.1).unwrap();
-    let k = Tensor::cat(&[&Tensor::full(1e3_f32, (1, 1, 4), &device()).unwrap(), &small], 0).unwrap();
+    let k = Tensor::cat(&[&Tensor::full(1e3_f32, (1, 1, 4), &test_device()).unwrap(), &small], 0).unwrap();
     let one = [Sequence { q_start: 0, q_len: 300, k_start: 0, k_len: 300 }];
     let args = AttentionArgs { sequences: &one, scale: 1.0, window: None };
     let (o, lse) = attention::forward(&q, &k, &k, args).unwrap();
@@ -400,7 +384,7 @@ fn check_cross_entropy(rows: usize, n: usize, vocab: usize, hidden_dtype: DType,
     assert_eq!(got.dtype(), hidden_dtype);
     assert_close(&format!("{what}: dhidden"), &got, &dhidden);
     // On a GPU P is rounded to hidden's dtype before its products.
-    let limit = tolerance(if device().is_cpu() { DType::F32 } else { hidden_dtype });
+    let limit = tolerance(if test_device().is_cpu() { DType::F32 } else { hidden_dtype });
     assert_within(&format!("{what}: dhead"), &dhead_sink, &plus_one(&dhead), limit);
     for row in (0..rows).filter(|&row| targets[row] == IGNORE) {
         assert!(f64s(&got)[row * n..][..n].iter().all(|&value| value == 0.0), "{what}: row {row} is ignored");
@@ -539,10 +523,10 @@ fn adamw_agrees_over_steps() {
         let norm: f64 = f64s(&grads).iter().map(|g| g * g).sum();
         let got = adamw::squared_norm(&offset(&grads)).unwrap();
         // Metal has no f64.
-        let limit = if device().is_metal() { 1e-6 } else { 1e-12 };
+        let limit = if test_device().is_metal() { 1e-6 } else { 1e-12 };
         assert!((got - norm).abs() <= limit * norm, "{got} is not {norm}");
     }
-    let bad = Tensor::new(&[1.0_f32, f32::NAN, 2.0], &device()).unwrap();
+    let bad = Tensor::new(&[1.0_f32, f32::NAN, 2.0], &test_device()).unwrap();
     assert!(adamw::squared_norm(&bad).unwrap().is_nan());
     assert_eq!(adamw::squared_norm(&bad.narrow(0, 0, 0).unwrap()).unwrap(), 0.0);
     assert!(

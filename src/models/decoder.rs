@@ -11,6 +11,7 @@ use candle_core::{Device, Tensor};
 use super::ModelConfig;
 use super::block::{Block, BlockShape, LINEAR_NAMES, Pass, Saved};
 use super::linear::{Adapter, BaseWeight, DropoutRound, Linear, Parameter};
+use crate::backend::cpu::on_pool;
 use crate::backend::custom_ops::attention::Sequence;
 use crate::backend::custom_ops::cross_entropy::{self, Loss};
 use crate::backend::custom_ops::{embedding, linear, rms_norm};
@@ -212,6 +213,13 @@ impl Decoder {
     /// Runs `tokens` after those in the cache, appends their keys and values to it, and returns the logits of the last
     /// token, `[V]` f32.
     pub fn forward_cached(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
+        match self.device().is_cpu() {
+            true => on_pool(|| self.append(tokens, cache)),
+            false => self.append(tokens, cache),
+        }
+    }
+
+    fn append(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
         if tokens.is_empty() {
             return Err(Error::op("forward_cached", "there are no tokens to run"));
         }

@@ -21,6 +21,22 @@ pub fn tolerance(dtype: DType) -> f64 {
 
 pub const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
+/// Where the ops run: the CPU, or with `METAL_CANDLE_TEST_DEVICE=cuda` or `=metal` the first GPU.
+pub fn test_device() -> Device {
+    thread_local! {
+        static DEVICE: Device = match std::env::var("METAL_CANDLE_TEST_DEVICE").as_deref() {
+            Err(_) | Ok("cpu") => Device::Cpu,
+            Ok("cuda") => {
+                metal_candle::backend::cuda::check(0).unwrap();
+                Device::new_cuda(0).unwrap()
+            }
+            Ok("metal") => Device::new_metal(0).unwrap(),
+            Ok(other) => panic!("METAL_CANDLE_TEST_DEVICE is {other}; cpu, cuda and metal are known"),
+        };
+    }
+    DEVICE.with(Device::clone)
+}
+
 /// Every device that this machine has. The CPU is first.
 pub fn devices() -> Vec<Device> {
     let mut devices = vec![Device::Cpu];

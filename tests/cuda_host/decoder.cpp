@@ -18,6 +18,7 @@ inline double __shfl_xor_sync(uint32_t, double v, int mask) {
 
 #include "../../src/backend/cuda/adamw.cuh"
 #include "../../src/backend/cuda/cross_entropy.cuh"
+#include "../../src/backend/cuda/dequantize.cuh"
 #include "../../src/backend/cuda/embedding.cuh"
 #include "../../src/backend/cuda/rms_norm.cuh"
 #include "../../src/backend/cuda/rope.cuh"
@@ -223,7 +224,74 @@ static void check_adamw(int n) {
   judge("adamw's norm", {parts[0] + parts[1] + parts[2]}, squares, 1e-12, true);
 }
 
+// The value of element `i` of a block, from its bits one at a time: the layouts as `backend::quantized` tells them.
+static double half_of(const unsigned char* p) { return elements::widen(*(const F16*)p); }
+static double float_of(const unsigned char* p) { return *(const float*)p; }
+static int bit_of(const unsigned char* p, int bit) { return p[bit / 8] >> bit % 8 & 1; }
+static int nibble_of(const unsigned char* codes, int i) { return codes[i % 16] >> (i / 16 * 4) & 15; }
+static void k_of(const unsigned char* b, int group, double& d, double& m) {
+  // Twelve bytes: the low six bits of scales 0 to 3 and minima 0 to 3, then low halves of both for 4 to 7, whose two high bits are on top
+  // of the first eight bytes.
+  const unsigned char* s = b + 4;
+  int scale = group < 4 ? s[group] % 64 : s[group + 4] % 16 + s[group - 4] / 64 * 16;
+  int min = group < 4 ? s[group + 4] % 64 : s[group + 4] / 16 + s[group] / 64 * 16;
+  d = half_of(b) * scale, m = half_of(b + 2) * min;
+}
+static double value_of(dequantize::q8_0, const unsigned char* b, int i) { return half_of(b) * (signed char)b[2 + i]; }
+static double value_of(dequantize::q4_0, const unsigned char* b, int i) { return half_of(b) * (nibble_of(b + 2, i) - 8); }
+static double value_of(dequantize::q4_1, const unsigned char* b, int i) { return half_of(b) * nibble_of(b + 4, i) + half_of(b + 2); }
+static double value_of(dequantize::q5_0, const unsigned char* b, int i) { return half_of(b) * (nibble_of(b + 6, i) + 16 * bit_of(b + 2, i) - 16); }
+static double value_of(dequantize::q5_1, const unsigned char* b, int i) { return half_of(b) * (nibble_of(b + 8, i) + 16 * bit_of(b + 4, i)) + half_of(b + 2); }
+static double value_of(dequantize::q4_k, const unsigned char* b, int i) {
+  double d, m;
+  k_of(b, i / 32, d, m);
+  return d * (b[16 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15) - m;
+}
+static double value_of(dequantize::q5_k, const unsigned char* b, int i) {
+  double d, m;
+  k_of(b, i / 32, d, m);
+  return d * ((b[48 + i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4) & 15) + 16 * bit_of(b + 16 + i % 32, i / 32)) - m;
+}
+static double value_of(dequantize::q6_k, const unsigned char* b, int i) {
+  int half = i / 128, part = i / 32 % 4, j = i % 32;
+  int low = b[64 * half + part % 2 * 32 + j] >> (part / 2 * 4) & 15, high = b[128 + 32 * half + j] >> (2 * part) & 3;
+  return half_of(b + 208) * (signed char)b[192 + i / 16] * (low + 16 * high - 32);
+}
+static double value_of(dequantize::nf4, const unsigned char* b, int i) { return float_of(b) * dequantize::NF4[nibble_of(b + 4 + i / 32 * 16, i % 32)]; }
+static double value_of(dequantize::affine4, const unsigned char* b, int i) { return float_of(b) * nibble_of(b + 8, i) + float_of(b + 4); }
+static double value_of(dequantize::affine8, const unsigned char* b, int i) { return float_of(b) * b[8 + i] + float_of(b + 4); }
+
+// Random bits but for the scales at `places`, each an f16, or an f32.
+template <class K, class T> void check_dequantize(const char* name, std::vector<int> places, bool wide) {
+  const int blocks = 5, count = blocks * K::len;
+  std::vector<float> aligned(blocks * K::bytes / 4 + 1);
+  auto* bytes = (unsigned char*)aligned.data();
+  for (int i = 0; i < blocks * K::bytes; i++) bytes[i] = (int)((uniform() + 1) * 128) & 255;
+  for (int block = 0; block < blocks; block++)
+    for (int place : places) {
+      auto* at = bytes + block * K::bytes + place;
+      if (wide) *(float*)at = uniform();
+      else *(F16*)at = elements::narrow<F16>(uniform());
+    }
+  Array<T> w(count, false);
+  Doubles want;
+  for (int i = 0; i < count; i++) want.push_back(value_of(K(), bytes + i / K::len * K::bytes, i % K::len));
+  launch({3}, 32, 0, false, [&](unsigned char*) { dequantize::run<K, T>({bytes, w.data(), count}); });
+  compare(name, w, want);
+}
+
+template <class T> void check_dequantize_all() {
+  using namespace dequantize;
+  check_dequantize<q8_0, T>("q8_0", {0}, false), check_dequantize<q4_0, T>("q4_0", {0}, false);
+  check_dequantize<q4_1, T>("q4_1", {0, 2}, false), check_dequantize<q5_0, T>("q5_0", {0}, false);
+  check_dequantize<q5_1, T>("q5_1", {0, 2}, false), check_dequantize<q4_k, T>("q4_k", {0, 2}, false);
+  check_dequantize<q5_k, T>("q5_k", {0, 2}, false), check_dequantize<q6_k, T>("q6_k", {208}, false);
+  check_dequantize<nf4, T>("nf4", {0}, true), check_dequantize<affine4, T>("affine4", {0, 4}, true);
+  check_dequantize<affine8, T>("affine8", {0, 4}, true);
+}
+
 template <class T> void types() {
+  check_dequantize_all<T>();
   check_swiglu<false, T, 1>(213, false), check_swiglu<false, T, 8>(1304, true);
   check_swiglu<true, T, 1>(213, true), check_swiglu<true, T, 8>(1304, false);
   check_rope<T, 1>(5, 3, 7, 1), check_rope<T, 8>(4, 2, 16, -1);

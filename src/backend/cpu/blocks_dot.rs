@@ -82,18 +82,16 @@ mod avx512 {
         unsafe {
             match kind {
                 Kind::Q8_0 => q8_0(row, x),
-                Kind::Q4_0 => nibbles::<18, 1>(row, x, sums, LESS_8, |block| (half(block), 0.0)),
-                Kind::Q4_1 => nibbles::<20, 1>(row, x, sums, WHOLE, |block| {
-                    let both = halves(block);
-                    (_mm512_broadcastss_ps(both), _mm_cvtss_f32(_mm_movehdup_ps(both)))
-                }),
-                Kind::Affine4 => nibbles::<24, 1>(row, x, sums, WHOLE, |block| (single(block, 0), float(block, 4))),
-                Kind::Nf4 => nibbles::<36, 2>(row, x, sums, NF4, |block| (single(block, 0), 0.0)),
+                Kind::Q4_0 => q4_0(row, x, sums),
+                Kind::Q4_1 => q4_1(row, x, sums),
+                Kind::Affine4 => affine4(row, x, sums),
+                Kind::Nf4 => nf4(row, x, sums),
                 _ => q4_k(row, x, sums),
             }
         }
     }
 
+    #[inline(always)]
     fn float(block: &[u8], at: usize) -> f32 {
         f32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
     }
@@ -142,42 +140,46 @@ mod avx512 {
         [_mm512_permutexvar_ps(codes, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table)]
     }
 
-    /// Blocks of BYTES bytes that end with GROUPS groups of sixteen bytes, with one scale and minimum for all of them.
-    #[inline]
-    #[target_feature(enable = "avx512f,f16c,fma")]
-    fn nibbles<const BYTES: usize, const GROUPS: usize>(
-        row: &[u8],
-        x: &[f32],
-        sums: &[f32],
-        table: [f32; 16],
-        scales: impl Fn(&[u8]) -> (__m512, f32),
-    ) -> f32 {
-        let table = vector(&table, 0);
-        let mut total = [_mm512_setzero_ps(); 2];
-        let mut low = 0.0_f32;
-        let blocks = row.as_chunks::<BYTES>().0.iter();
-        for (index, ((block, x), sums)) in
-            blocks.zip(x.chunks_exact(GROUPS * GROUP)).zip(sums.chunks_exact(GROUPS)).enumerate()
-        {
-            let (scale, min) = scales(block);
-            for group in 0..GROUPS {
-                let x = &x[group * GROUP..][..GROUP];
-                let codes = look_up(&block[BYTES - 16 * (GROUPS - group)..][..16], table);
-                let sum = _mm512_fmadd_ps(codes[1], vector(x, 16), _mm512_mul_ps(codes[0], vector(x, 0)));
-                let lane = (index + group) % 2;
-                total[lane] = _mm512_fmadd_ps(sum, scale, total[lane]);
-                low = min.mul_add(sums[group], low);
+    /// A kernel for blocks of `$bytes` bytes that end with `$groups` groups of sixteen bytes, with one scale and minimum for all of
+    /// them. A macro, for a closure is not inlined into a function of other target features.
+    macro_rules! nibbles {
+        ($name:ident, $bytes:literal, $groups:literal, $table:expr, |$block:ident| $scales:expr) => {
+            #[target_feature(enable = "avx512f,f16c,fma")]
+            fn $name(row: &[u8], x: &[f32], sums: &[f32]) -> f32 {
+                let table = vector(&$table, 0);
+                let mut total = [_mm512_setzero_ps(); 2];
+                let mut low = 0.0_f32;
+                let blocks = row.as_chunks::<$bytes>().0.iter().zip(x.as_chunks::<{ $groups * GROUP }>().0);
+                for (index, (($block, x), sums)) in blocks.zip(sums.as_chunks::<$groups>().0).enumerate() {
+                    let (scale, min): (__m512, f32) = $scales;
+                    for group in 0..$groups {
+                        let codes = look_up(&$block[$bytes - 16 * ($groups - group)..][..16], table);
+                        let sum = _mm512_mul_ps(codes[0], vector(x, group * GROUP));
+                        let sum = _mm512_fmadd_ps(codes[1], vector(x, group * GROUP + 16), sum);
+                        let lane = (index + group) % 2;
+                        total[lane] = _mm512_fmadd_ps(sum, scale, total[lane]);
+                        low = min.mul_add(sums[group], low);
+                    }
+                }
+                _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1])) + low
             }
-        }
-        _mm512_reduce_add_ps(_mm512_add_ps(total[0], total[1])) + low
+        };
     }
+
+    nibbles!(q4_0, 18, 1, LESS_8, |block| (half(block), 0.0));
+    nibbles!(q4_1, 20, 1, WHOLE, |block| {
+        let both = halves(block);
+        (_mm512_broadcastss_ps(both), _mm_cvtss_f32(_mm_movehdup_ps(both)))
+    });
+    nibbles!(affine4, 24, 1, WHOLE, |block| (single(block, 0), float(block, 4)));
+    nibbles!(nf4, 36, 2, NF4, |block| (single(block, 0), 0.0));
 
     #[target_feature(enable = "avx512f,f16c,fma")]
     fn q8_0(row: &[u8], x: &[f32]) -> f32 {
         let mut total = [_mm512_setzero_ps(); 2];
         for (index, (block, x)) in row.as_chunks::<34>().0.iter().zip(x.as_chunks::<GROUP>().0).enumerate() {
-            let [low, high] =
-                [2, 18].map(|at| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen_bytes(&block[at..]))));
+            let low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen_bytes(&block[2..])));
+            let high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen_bytes(&block[18..])));
             let sum = _mm512_fmadd_ps(high, vector(x, 16), _mm512_mul_ps(low, vector(x, 0)));
             total[index % 2] = _mm512_fmadd_ps(sum, half(block), total[index % 2]);
         }

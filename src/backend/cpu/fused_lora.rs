@@ -6,10 +6,13 @@
 //! `dB = s · hᵀ g`, which are then added up in order.
 
 use std::borrow::Cow;
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
 use super::floats::Floats;
+use super::linear::FEW_ROWS;
+use super::simd;
 use super::skinny::{Packed, expand, project, reduce};
 use crate::backend::dropout::Dropout;
 
@@ -26,8 +29,9 @@ const BACKWARD_ROWS: usize = 64;
 pub struct Lora<'a> {
     x: Floats<'a>,
     a: Cow<'a, [f32]>,
-    /// s · B
-    sb: Vec<f32>,
+    b: Cow<'a, [f32]>,
+    /// s · B, once it is needed.
+    sb: OnceLock<Vec<f32>>,
     s: f32,
     dropout: Option<Dropout>,
     m: usize,
@@ -57,8 +61,7 @@ impl<'a> Lora<'a> {
         size: [usize; 4],
     ) -> Self {
         let ([m, k, r, n], s) = (size, s as f32);
-        let sb = b.to_f32().iter().map(|b| s * b).collect();
-        Self { x, a: a.to_f32(), sb, s, dropout, m, k, r, n }
+        Self { x, a: a.to_f32(), b: b.to_f32(), sb: OnceLock::new(), s, dropout, m, k, r, n }
     }
 
     /// `s · drop(x) A B`, `[m, n]`.
@@ -75,11 +78,16 @@ impl<'a> Lora<'a> {
 
     /// As [`Self::add_delta`]; returns `h = drop(x) A`, `[m, r]`.
     pub fn add_delta_keeping_h(&self, y: &mut [f32]) -> Vec<f32> {
-        let (a, rows) = (self.packed_a(), self.rows());
         let mut h = vec![0.0; self.m * self.r];
+        if self.m <= FEW_ROWS && self.r.is_multiple_of(8) {
+            self.add_few(y, &mut h);
+            return h;
+        }
+        let (a, rows) = (self.packed_a(), self.rows());
+        let sb = self.sb();
         let tile = |(tile, (y, h)): (usize, (&mut [f32], &mut [f32]))| {
             project(&self.dropped(tile * rows, h.len() / self.r), &a, h);
-            expand(h, &self.sb, self.r, y, true);
+            expand(h, sb, self.r, y, true);
         };
         if self.work() <= ALONE {
             y.chunks_mut(rows * self.n).zip(h.chunks_mut(rows * self.r)).enumerate().for_each(tile);
@@ -98,7 +106,8 @@ impl<'a> Lora<'a> {
         let rows = m.div_ceil(most).next_multiple_of(8).max(BACKWARD_ROWS);
         let a = if want_db && h.is_none() { Some(self.packed_a()) } else { None };
         let (bt, at) = if want_da || dx.is_some() {
-            (Some(Packed::new(n, r, |j, q| self.sb[q * n + j])), transposed(&self.a, k, r))
+            let sb = self.sb();
+            (Some(Packed::new(n, r, |j, q| sb[q * n + j])), transposed(&self.a, k, r))
         } else {
             (None, Vec::new())
         };
@@ -154,17 +163,32 @@ impl<'a> Lora<'a> {
 
     fn tiles(&self, y: &mut [f32], keep: bool) {
         let (a, rows) = (self.packed_a(), self.rows());
+        let sb = self.sb();
         let tile = |(tile, y): (usize, &mut [f32])| {
             let count = y.len() / self.n;
             let mut h = vec![0.0; count * self.r];
             project(&self.dropped(tile * rows, count), &a, &mut h);
-            expand(&h, &self.sb, self.r, y, keep);
+            expand(&h, sb, self.r, y, keep);
         };
         if self.work() <= ALONE {
             y.chunks_mut(rows * self.n).enumerate().for_each(tile);
         } else {
             y.par_chunks_mut(rows * self.n).enumerate().for_each(tile);
         }
+    }
+
+    /// A few rows (decoding): A and B are read as they lie, for bringing them into order would take longer than the products.
+    fn add_few(&self, y: &mut [f32], h: &mut [f32]) {
+        let x = self.dropped(0, self.m);
+        for (x, h) in x.chunks_exact(self.k).zip(h.chunks_exact_mut(self.r)) {
+            project_row(x, &self.a, h);
+        }
+        let scaled: Vec<f32> = h.iter().map(|h| self.s * h).collect();
+        expand(&scaled, &self.b, self.r, y, true);
+    }
+
+    fn sb(&self) -> &[f32] {
+        self.sb.get_or_init(|| self.b.iter().map(|b| self.s * b).collect())
     }
 
     /// Multiplications of the delta.
@@ -189,6 +213,36 @@ impl<'a> Lora<'a> {
         }
         x
     }
+}
+
+/// `h = x A` of one row, r a multiple of 8.
+fn project_row(x: &[f32], a: &[f32], h: &mut [f32]) {
+    let r = h.len();
+    simd(
+        #[inline(always)]
+        || {
+            for (start, h) in (0..r).step_by(8).zip(h.as_chunks_mut::<8>().0) {
+                let mut sums = [[0.0_f32; 8]; 4];
+                let (rows, rest) = x.as_chunks::<4>();
+                for (x, a) in rows.iter().zip(a.chunks_exact(4 * r)) {
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let a = &a[i * r + start..][..8];
+                        for q in 0..8 {
+                            sums[q] = x[i].mul_add(a[q], sums[q]);
+                        }
+                    }
+                }
+                for (x, a) in rest.iter().zip(a[4 * rows.len() * r..].chunks_exact(r)) {
+                    for q in 0..8 {
+                        sums[0][q] = x.mul_add(a[start + q], sums[0][q]);
+                    }
+                }
+                for q in 0..8 {
+                    h[q] = (sums[0][q] + sums[1][q]) + (sums[2][q] + sums[3][q]);
+                }
+            }
+        },
+    );
 }
 
 /// `[cols, rows]` from `[rows, cols]`.

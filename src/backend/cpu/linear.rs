@@ -15,7 +15,7 @@ use super::simd;
 /// f32 elements of W widened at a time (1 MiB: a share of the last-level cache).
 const WEIGHT_TILE: usize = 1 << 18;
 /// Up to this many rows of x, dot products beat `gemm`.
-const FEW_ROWS: usize = 4;
+pub const FEW_ROWS: usize = 4;
 /// Columns that one task of a column sum takes.
 const SUM_COLUMNS: usize = 256;
 
@@ -109,37 +109,76 @@ fn for_weight_tiles(w: &Floats, k: usize, n: usize, mut f: impl FnMut(usize, &[f
     }
 }
 
+/// `x Wᵀ` of each W, `[m, n]`, for few rows: in one go over all of them, since a processor's cores take longer to wake than a
+/// small product to make. Where all are bf16 the products are of bf16.
+pub fn few_rows_shared(x: &Floats, all: &[Floats], k: usize) -> Vec<Vec<f32>> {
+    let m = x.len() / k;
+    let wide = x.to_f32();
+    let rows = blocks_dot::Rows::new(&wide, k);
+    let mut columns: Vec<Vec<f32>> = all.iter().map(|w| vec![0.0; w.len() / k * m]).collect();
+    let tasks: Vec<(&Floats, usize, &mut [f32])> = columns
+        .iter_mut()
+        .zip(all)
+        .flat_map(|(columns, w)| {
+            let task = task_rows(k, w);
+            let parts = columns.chunks_mut(task * m.max(1)).enumerate();
+            parts.map(move |(index, columns)| (w, index * task, columns))
+        })
+        .collect();
+    tasks.into_par_iter().for_each(|(w, first, columns)| match w {
+        Floats::Quantized(w) => rows.dots(w, first, columns),
+        w => dots(&wide, w, first, k, columns),
+    });
+    if m == 1 {
+        return columns;
+    }
+    let turned = columns.iter().map(|columns| {
+        let mut y = vec![0.0; columns.len()];
+        add_columns(columns, &mut y, m, columns.len() / m.max(1));
+        y
+    });
+    turned.collect()
+}
+
+/// Rows of W for a task: a number that does not depend on the machine.
+fn task_rows(k: usize, w: &Floats) -> usize {
+    // About 64 KiB of f32, or as long a time.
+    let values = if matches!(w, Floats::Quantized(_)) { 1 << 16 } else { 1 << 14 };
+    (values / k).max(1)
+}
+
 /// `y += x Wᵀ` for few rows: each row of W is read once and multiplied with every row of x.
 fn few_rows(x: &[f32], w: &Floats, y: &mut [f32], m: usize, k: usize, n: usize) {
     if m == 0 {
         return;
     }
-    // Rows of W per task: about 64 KiB of f32, and a number that does not depend on the machine.
-    let task = ((1 << 14) / k).clamp(1, n.max(1));
+    let task = task_rows(k, w);
     let mut columns = vec![0.0; n * m];
-    if let Floats::Quantized(w) = w {
-        let x = blocks_dot::Rows::new(x, k);
-        let parts = columns.par_chunks_mut(task * m).enumerate();
-        parts.for_each(|(index, columns)| x.dots(w, index * task, columns));
-        return add_columns(&columns, y, m, n);
-    }
-    columns.par_chunks_mut(task * m).enumerate().for_each(|(index, columns)| {
-        let mut wide = if w.as_f32().is_some() { Vec::new() } else { vec![0.0; k] };
-        for (offset, sums) in columns.chunks_exact_mut(m).enumerate() {
-            let start = (index * task + offset) * k;
-            let row = match w.as_f32() {
-                Some(w) => &w[start..start + k],
-                None => {
-                    w.widen_into(start, &mut wide);
-                    &wide
-                }
-            };
-            for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
-                *sum = dot(x, row);
-            }
-        }
+    let rows = blocks_dot::Rows::new(x, k);
+    columns.par_chunks_mut(task * m).enumerate().for_each(|(index, columns)| match w {
+        Floats::Quantized(w) => rows.dots(w, index * task, columns),
+        w => dots(x, w, index * task, k, columns),
     });
     add_columns(&columns, y, m, n);
+}
+
+/// Rows of W from `first` on times each row of x, `[rows, m]`.
+fn dots(x: &[f32], w: &Floats, first: usize, k: usize, columns: &mut [f32]) {
+    let m = x.len() / k;
+    let mut wide = if w.as_f32().is_some() { Vec::new() } else { vec![0.0; k] };
+    for (offset, sums) in columns.chunks_exact_mut(m).enumerate() {
+        let start = (first + offset) * k;
+        let row = match w.as_f32() {
+            Some(w) => &w[start..start + k],
+            None => {
+                w.widen_into(start, &mut wide);
+                &wide
+            }
+        };
+        for (sum, x) in sums.iter_mut().zip(x.chunks_exact(k)) {
+            *sum = dot(x, row);
+        }
+    }
 }
 
 /// `y += columnsᵀ`: columns `[n, m]`, y `[m, n]`.

@@ -134,6 +134,12 @@ pub fn simd<R>(f: impl FnOnce() -> R) -> R {
     arch().dispatch(Call(f))
 }
 
+/// Runs `f` on a thread of rayon's pool. From any other thread each loop over the cores would wake the pool and wait for it, which
+/// takes longer than many of the loops do.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// The vector instructions of this processor, for kernels that are written with `pulp`'s vectors.
 #[inline(always)]
 fn arch() -> pulp::Arch {

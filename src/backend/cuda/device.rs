@@ -15,12 +15,13 @@ use super::linear::Products;
 use crate::{Error, Result};
 
 /// The compiled sources, in the order of [`Module`].
-const IMAGES: [&[u8]; 6] = [
+const IMAGES: [&[u8]; 7] = [
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/fused_lora_backward.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/decoder.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
+    include_bytes!(concat!(env!("OUT_DIR"), "/dequantize.fatbin")),
     include_bytes!(concat!(env!("OUT_DIR"), "/attention_hopper.fatbin")),
 ];
 const MAX_GPUS: usize = 64;
@@ -61,6 +62,7 @@ pub(super) enum Module {
     /// The decoder's small ops.
     Decoder,
     Attention,
+    Dequantize,
     /// For compute capability 9.0 only.
     AttentionHopper,
 }
@@ -433,6 +435,18 @@ impl<'a> Held<'a> {
             _ => return Err(Error::op(op, format!("{name} is not on a CUDA device"))),
         };
         Ok(Self { view, _tensor: PhantomData })
+    }
+
+    /// The memory of a tensor of u8.
+    pub fn bytes(op: &'static str, name: &str, tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(CudaStorage { slice: CudaStorageSlice::U8(slice), device }) if layout.is_contiguous() => {
+                let ptr = address(slice, &device.cuda_stream()) + layout.start_offset() as u64;
+                Ok(Self { view: View { ptr, dtype: DType::U8 }, _tensor: PhantomData })
+            }
+            _ => Err(Error::op(op, format!("{name} is no contiguous tensor of u8 on a CUDA device"))),
+        }
     }
 
     pub fn option(op: &'static str, name: &str, tensor: Option<&'a Tensor>) -> Result<Option<Self>> {

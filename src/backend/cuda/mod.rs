@@ -11,6 +11,8 @@ pub(crate) mod attention;
 #[cfg(feature = "cuda")]
 pub(crate) mod cross_entropy;
 #[cfg(feature = "cuda")]
+pub(crate) mod dequantize;
+#[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
 pub(crate) mod embedding;

@@ -63,6 +63,9 @@ pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
     {
         return Ok(all);
     }
+    if x.device().is_cpu() && few(x, parts) {
+        return forward_few(x, parts);
+    }
     let one = |part: &Part| match part.adapter {
         Some(Adapter { a, b, s, dropout }) => {
             forward(x, part.w, part.bias, a, b, s, dropout).map(|(y, h)| (y, Some(h)))
@@ -70,6 +73,45 @@ pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
         None => linear::forward(x, part.w, part.bias).map(|y| (y, None)),
     };
     parts.iter().map(one).collect()
+}
+
+/// Whether the products of all parts are those of a few rows with f32 sums, which go together.
+fn few(x: &Tensor, parts: &[Part]) -> bool {
+    let rows = parts.first().map_or(0, |part| x.elem_count() / part.w.dims()[1]);
+    let of_bf16 = |part: &Part| matches!(part.w, Weight::Dense(w) if w.dtype() == DType::BF16);
+    (1..=cpu::linear::FEW_ROWS).contains(&rows) && !(x.dtype() == DType::BF16 && parts.iter().any(of_bf16))
+}
+
+/// [`forward_shared`] for a few rows on the CPU.
+fn forward_few(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+    let x = x.contiguous()?;
+    let held = Held::of(OP, "x", &x)?;
+    let k = x.dims()[x.dims().len() - 1];
+    let weights = parts.iter().map(|part| part.w.contiguous()).collect::<Result<Vec<_>>>()?;
+    let weights = weights.iter().map(|w| Held::weight(OP, "w", w.borrow())).collect::<Result<Vec<_>>>()?;
+    let weights: Vec<Floats> = weights.iter().map(Held::floats).collect();
+    let products = cpu::linear::few_rows_shared(&held.floats(), &weights, k);
+    let one = |(part, mut y): (&Part, Vec<f32>)| {
+        if let Some(bias) = part.bias {
+            let bias = bias.contiguous()?;
+            let bias = Held::of(OP, "bias", &bias)?;
+            let bias = bias.floats().to_f32();
+            y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(&*bias).for_each(|(y, bias)| *y += bias));
+        }
+        let h = match part.adapter {
+            None => None,
+            Some(Adapter { a, b, s, dropout }) => {
+                let (a, b) = (a.contiguous()?, b.contiguous()?);
+                let size = Size::of(OP, &x, &a, &b, dropout)?;
+                let h = fused_lora::with_lora(OP, &x, &a, &b, s, dropout, &size, |lora| {
+                    Ok(lora.add_delta_keeping_h(&mut y))
+                })?;
+                Some(tensor_of(h, (size.m, size.r), DType::F32)?)
+            }
+        };
+        Ok((tensor_of(y, with_last(x.dims(), part.w.dims()[0]), x.dtype())?, h))
+    };
+    parts.iter().zip(products).map(one).collect()
 }
 
 /// [`forward_shared`] of one linear, with a residual of y's shape and dtype added to y. On GPUs of compute capability 9.0 before y is rounded,
