@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::device::{Gpu, Held, Kernel, Module, cuda_device, tensor, typed, uninit};
+use super::device::{Gpu, Held, Kernel, cuda_device, tensor, typed, uninit};
 use crate::Result;
 use crate::backend::quantized::{Kind, QuantizedTensor};
 

@@ -50,7 +50,7 @@ pub fn forward(
         return Ok((base.to_dtype(x.dtype())?, h));
     }
     let adapter = Some(Adapter { a, b, s, dropout });
-    if let Some(mut all) = shared_linear::forward(x, &[Part { w, bias, adapter }])?
+    if let Some(mut all) = shared_linear::forward(x, &[Part { w: w.into(), bias, adapter }])?
         && let Some((y, Some(h))) = all.pop()
     {
         return Ok((y, h));
@@ -167,7 +167,7 @@ pub fn backward(
         };
     }
     if size.m > 0 {
-        let part = Part { w, bias: None, adapter: Some(Adapter { a, b, s, dropout }) };
+        let part = Part { w: w.into(), bias: None, adapter: Some(Adapter { a, b, s, dropout }) };
         let (dx, sinks) = (sink.dx.map(|dx| (dx, add)), [(sink.da, sink.db)]);
         let wanted = shared_linear::Wanted { h: &[h], g: &[g], dx, sinks: &sinks, add };
         if shared_linear::backward(x, &[part], &wanted)? {

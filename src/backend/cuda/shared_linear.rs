@@ -205,7 +205,7 @@ impl Owned {
                 None => None,
             };
             let bias = part.bias.map(|bias| bias.to_dtype(DType::BF16)?.contiguous()).transpose()?;
-            Ok(OwnedPart { w: part.w.to_dense(x.dtype())?.contiguous()?, bias, adapter })
+            Ok(OwnedPart { w: part.w.to_dense(DType::BF16)?.contiguous()?, bias, adapter })
         };
         Ok(Self(parts.iter().map(own).collect::<Result<_>>()?))
     }

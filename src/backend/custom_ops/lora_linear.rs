@@ -56,6 +56,9 @@ pub struct Adapter<'a> {
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
     check_parts(x, parts)?;
+    if let Some(dense) = Dense::of(x, parts)? {
+        return forward_shared(x, &dense.parts(parts));
+    }
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device())
         && x.elem_count() > 0
@@ -73,6 +76,31 @@ pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
         None => linear::forward(x, part.w, part.bias).map(|y| (y, None)),
     };
     parts.iter().map(one).collect()
+}
+
+/// On a GPU, quantized weights as tensors that live for one call.
+struct Dense(Vec<Option<Tensor>>);
+
+impl Dense {
+    /// `None` where nothing is quantized, and on the CPU, which widens them a tile at a time.
+    fn of(x: &Tensor, parts: &[Part]) -> Result<Option<Self>> {
+        if x.device().is_cpu() || !parts.iter().any(|part| matches!(part.w, Weight::Quantized(_))) {
+            return Ok(None);
+        }
+        let dense = parts.iter().map(|part| match part.w {
+            Weight::Quantized(_) => part.w.to_dense(x.dtype()).map(Some),
+            Weight::Dense(_) => Ok(None),
+        });
+        Ok(Some(Self(dense.collect::<Result<_>>()?)))
+    }
+
+    fn parts<'a>(&'a self, parts: &[Part<'a>]) -> Vec<Part<'a>> {
+        let one = |(part, dense): (&Part<'a>, &'a Option<Tensor>)| Part {
+            w: dense.as_ref().map_or(part.w, Weight::Dense),
+            ..*part
+        };
+        parts.iter().zip(&self.0).map(one).collect()
+    }
 }
 
 /// Whether the products of all parts are those of a few rows with f32 sums, which go together.
@@ -122,6 +150,9 @@ fn forward_few(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>
 pub fn forward_add(x: &Tensor, part: &Part, residual: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
     check_parts(x, std::slice::from_ref(part))?;
     super::check::gradient(OP, "residual", residual, &with_last(x.dims(), part.w.dims()[0]), x)?;
+    if let Some(dense) = Dense::of(x, std::slice::from_ref(part))? {
+        return forward_add(x, &dense.parts(std::slice::from_ref(part))[0], residual);
+    }
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device())
         && x.elem_count() > 0
@@ -148,6 +179,9 @@ pub fn backward_shared(
     input_gradient: bool,
 ) -> Result<Option<Tensor>> {
     check_parts(x, parts)?;
+    if let Some(dense) = Dense::of(x, parts)? {
+        return backward_shared(x, &dense.parts(parts), h, g, sinks, input_gradient);
+    }
     if [h.len(), g.len(), sinks.len()] != [parts.len(); 3] {
         let (h, g, sinks) = (h.len(), g.len(), sinks.len());
         return Err(Error::op(
