@@ -31,7 +31,8 @@ fn weight(kind: Kind, n: usize, seed: u64) -> (QuantizedTensor, Vec<f64>) {
             bytes.extend(min.to_le_bytes());
         }
         for _ in 0..kind.block_len() / 32 {
-            let codes: Vec<u8> = (0..32).map(|_| if kind == Kind::Affine8 { rng.u8(..) } else { rng.u8(..16) }).collect();
+            let codes: Vec<u8> =
+                (0..32).map(|_| if kind == Kind::Affine8 { rng.u8(..) } else { rng.u8(..16) }).collect();
             match kind {
                 Kind::Affine8 => bytes.extend(&codes),
                 _ => bytes.extend((0..16).map(|j| codes[j] | codes[j + 16] << 4)),
@@ -43,7 +44,7 @@ fn weight(kind: Kind, n: usize, seed: u64) -> (QuantizedTensor, Vec<f64>) {
     (QuantizedTensor::new(kind, bytes, (n, K), &device).unwrap(), values)
 }
 
-/// As bitsandbytes 0.48 prints them (`create_normal_map`).
+/// As bitsandbytes 0.50.2 gives them (`get_4bit_type("nf4")`).
 const NF4: [f64; 16] = [
     -1.0,
     -0.6961928009986877,
@@ -115,7 +116,8 @@ fn adapters_on_quantized_linears() {
             let dense = on(&[40, K], dtype, 8);
             let (a, b) = (on(&[K, r], DType::F32, 9), on(&[r, 38], DType::F32, 10));
             let adapter = Some(Adapter { a: &a, b: &b, s, dropout: None });
-            let parts = [Part { w: (&w).into(), bias: None, adapter }, Part { w: (&dense).into(), bias: None, adapter: None }];
+            let parts =
+                [Part { w: (&w).into(), bias: None, adapter }, Part { w: (&dense).into(), bias: None, adapter: None }];
             let made = forward_shared(&x, &parts).unwrap();
             let problem = Problem { size: [m, K, r, 38], x: f64s(&x), a: f64s(&a), b: f64s(&b), s, mask: None };
             let (want_y, want_h) = reference::lora_linear::forward(&problem, &values, None);

@@ -235,7 +235,6 @@ impl QuantizedTensor {
         let dims = [bytes.dims()[0], self.dims[1]];
         Ok(Self { bytes, dims, ..*self })
     }
-
 }
 
 fn row_bytes(kind: Kind, k: usize) -> Result<usize> {

@@ -114,11 +114,8 @@ fn score(settings: &Settings, trained: bool) -> Result<Vec<Answer>> {
     let full = settings.trainer.fine_tune_type == FineTuneType::Full;
     let folder = if trained && full { settings.run.adapter_path.clone() } else { base };
     let model = ModelFiles::open(&folder.display().to_string())?;
-    let mut decoder = Decoder::new(
-        &model.config,
-        model.base(&settings.trainer.holding(&model, &device)?, &device)?,
-        &device,
-    )?;
+    let mut decoder =
+        Decoder::new(&model.config, model.base(&settings.trainer.holding(&model, &device)?, &device)?, &device)?;
     if trained && !full {
         AdapterFile::load(&settings.run.adapter_path)?.attach(&mut decoder, &device)?;
     }

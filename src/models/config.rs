@@ -249,14 +249,14 @@ impl ModelConfig {
         if head_dim.saturating_mul(num_heads) > LARGEST {
             reader.problems.push(format!("{num_heads} heads of {head_dim} are too many"));
         }
-        if map.get("quantization_config").is_some_and(|value| !value.is_null()) {
+        if let Some(value) = map.get("quantization_config").filter(|value| !value.is_null() && !is_read(value)) {
             let advice = "take the model's unquantized files or a GGUF file";
-            reader.problems.push(format!("quantization_config is set, and such weights are not read; {advice}"));
+            reader.problems.push(format!("quantization_config is {value}, and such weights are not read; {advice}"));
         }
         let known = |key: &str| {
             reader.read.contains(&key)
                 || HARMLESS.split_whitespace().any(|harmless| harmless == key)
-                || key == "quantization_config"
+                || ["quantization_config", "quantization"].contains(&key)
         };
         let idle = |value: &Value| {
             value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty)
@@ -436,6 +436,13 @@ fn token_ids(key: &str, value: Option<&Value>) -> Result<Vec<u32>, String> {
         Some(value) => one(value).map(|id| vec![id]),
     };
     ids.ok_or_else(|| format!("{key} is {}; it must be a token's id or a list of them", value.unwrap_or(&Value::Null)))
+}
+
+/// bitsandbytes' NF4 and MLX's groups; which weights have them and how, the weights' file says.
+fn is_read(quantization: &Value) -> bool {
+    let has = |key: &str, wanted: &str| quantization.get(key).and_then(Value::as_str) == Some(wanted);
+    let nf4 = has("quant_method", "bitsandbytes") && has("bnb_4bit_quant_type", "nf4");
+    nf4 && quantization.get("load_in_4bit") == Some(&Value::Bool(true)) || has("mode", "affine")
 }
 
 #[cfg(test)]

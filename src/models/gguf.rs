@@ -112,7 +112,11 @@ pub fn kinds(path: &Path, config: &ModelConfig) -> Result<HashMap<String, Kind>>
             Kind::of_ggml(view.dtype).filter(|_| view.shape.len() == 2)
         };
         let shapes = config.weight_shapes();
-        Ok(shapes.into_iter().filter_map(|(name, _)| Some((kind(&name)?, name))).map(|(kind, name)| (name, kind)).collect())
+        Ok(shapes
+            .into_iter()
+            .filter_map(|(name, _)| Some((kind(&name)?, name)))
+            .map(|(kind, name)| (name, kind))
+            .collect())
     })
 }
 

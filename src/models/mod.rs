@@ -77,8 +77,8 @@ enum Source {
 const TOKENIZER_FILES: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
-const NOT_SAVED: &str = "a model from a GGUF file is not written out again; train an adapter on it, or take the folder with the \
-                         safetensors that it was made from";
+const NOT_SAVED: &str = "a quantized model is not written out again; train an adapter on it, or take the safetensors that it was made \
+                         from";
 
 impl ModelFiles {
     /// Opens a folder in Hugging Face's layout, a GGUF file, or a model of the hub by its name (`owner/name` or
@@ -136,8 +136,11 @@ impl ModelFiles {
     /// otherwise. On a GPU embedding and output projection are dense always.
     pub fn holding(&self, quantize: Quantize, dtype: DType, device: &Device) -> Result<Holding> {
         let mut holding = Holding::linears(&self.config, quantize, dtype);
-        if let (Source::Gguf(file), Quantize::Auto) = (&self.source, quantize) {
-            holding.kinds = gguf::kinds(file, &self.config)?;
+        if quantize == Quantize::Auto {
+            holding.kinds = match &self.source {
+                Source::Folder(folder) => weights::kinds(folder)?,
+                Source::Gguf(file) => gguf::kinds(file, &self.config)?,
+            };
             holding.kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
         }
         Ok(holding)
@@ -165,7 +168,8 @@ impl ModelFiles {
     /// Whether [`ModelFiles::save_with_weights`] can write this model.
     pub fn check_can_save(&self) -> Result<()> {
         match &self.source {
-            Source::Folder(_) => Ok(()),
+            Source::Folder(folder) if weights::kinds(folder)?.is_empty() => Ok(()),
+            Source::Folder(folder) => Err(Error::file(folder, NOT_SAVED)),
             Source::Gguf(file) => Err(Error::file(file, NOT_SAVED)),
         }
     }

@@ -1,5 +1,7 @@
 //! Weights from safetensors: one file, or shards with an index. Files are mapped, not read, and tensors converted one by one.
 
+mod packed;
+
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +12,8 @@ use serde_json::Value;
 use super::Holding;
 use super::config::{ModelConfig, read_json};
 use super::linear::BaseWeight;
-use crate::backend::quantized::QuantizedTensor;
+use crate::backend::custom_ops::dequantize;
+use crate::backend::quantized::{Kind, QuantizedTensor};
 use crate::{Error, Result};
 
 /// The safetensors files of a model's folder.
@@ -56,8 +59,14 @@ pub fn load(
     device: &Device,
 ) -> Result<HashMap<String, BaseWeight>> {
     let mapped = map(&files(folder)?)?;
-    let found = mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
+    let mut found = shapes(&mapped);
+    let packed = packed::find(folder, &mapped, &mut found)?;
+    let shapes: HashMap<String, Vec<usize>> = config.weight_shapes().into_iter().collect();
     let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
+        if let Some(&kind) = packed.get(&name) {
+            let weight = packed::read(folder, &mapped, &name, kind, &shapes[&name])?;
+            return Ok((name.clone(), held(weight, holding.kinds.get(&name).copied(), holding.dtype, device)?));
+        }
         if let Some(&kind) = holding.kinds.get(&name) {
             let quantized = QuantizedTensor::quantize(&mapped.load(&name, &Device::Cpu)?, kind)?;
             return Ok((name, quantized.to_device(device)?.into()));
@@ -67,6 +76,31 @@ pub fn load(
         Ok((name, tensor.into()))
     });
     tensors.collect()
+}
+
+/// A quantized weight of a file as it is to be held: as it is, quantized otherwise, or dense.
+pub(super) fn held(weight: QuantizedTensor, kind: Option<Kind>, dtype: DType, device: &Device) -> Result<BaseWeight> {
+    if kind == Some(weight.kind()) {
+        return Ok(weight.to_device(device)?.into());
+    }
+    let dense = dequantize(&weight, DType::F32)?;
+    match kind {
+        Some(kind) => Ok(QuantizedTensor::quantize(&dense, kind)?.to_device(device)?.into()),
+        None => Ok(dense.to_dtype(dtype)?.to_device(device)?.into()),
+    }
+}
+
+/// The kinds of the weights that bitsandbytes or MLX quantized in a folder's files.
+///
+/// # Errors
+/// One error lists every weight of a form that is not read.
+pub fn kinds(folder: &Path) -> Result<HashMap<String, Kind>> {
+    let mapped = map(&files(folder)?)?;
+    packed::find(folder, &mapped, &mut shapes(&mapped))
+}
+
+fn shapes(mapped: &MmapedSafetensors) -> HashMap<String, Vec<usize>> {
+    mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect()
 }
 
 /// The names of [`ModelConfig::weight_shapes`], if exactly these tensors are found. `file_name` says how a file calls one.
@@ -114,10 +148,12 @@ pub(super) fn check(
     Ok(wanted.into_iter().map(|(name, _)| name).collect())
 }
 
-/// The dtype of a folder's first weight.
+/// The dtype of a folder's last norm, which nobody quantizes, or of its first weight.
 pub fn dtype(folder: &Path) -> Result<DType> {
     let mapped = map(&files(folder)?)?;
-    let first = mapped.tensors().into_iter().next();
+    let mut tensors = mapped.tensors();
+    tensors.sort_by_key(|(name, _)| name != "model.norm.weight");
+    let first = tensors.into_iter().next();
     let (_, view) = first.ok_or_else(|| Error::file(folder, "its weights hold no tensor"))?;
     Ok(view.dtype().try_into()?)
 }

@@ -11,8 +11,8 @@ use super::setup;
 use crate::Result;
 use crate::backend::cpu::attention::WAVE;
 use crate::backend::custom_ops::cross_entropy::chunk_rows;
-use crate::models::{Holding, ModelConfig};
 use crate::models::decoder::Checkpointing;
+use crate::models::{Holding, ModelConfig};
 
 /// The share of the free memory that `auto` fills: sizes of passes differ, and so do allocators.
 const FILLED: f64 = 0.9;

@@ -180,7 +180,10 @@ impl TrainerOptions {
         let half = matches!(self.dtype, WeightDtype::Bf16 | WeightDtype::F16);
         let full = self.fine_tune_type == FineTuneType::Full;
         let quantized = !matches!(self.quantize, Quantize::Auto | Quantize::None);
-        refuse(full && quantized, "quantize is given; full trains every weight, and quantized ones are frozen".to_string());
+        refuse(
+            full && quantized,
+            "quantize is given; full trains every weight, and quantized ones are frozen".to_string(),
+        );
         refuse(full && half, "dtype is a 16-bit one; all weights are trained in f32".to_string());
         refuse(self.target_modules.is_empty(), "target_modules is empty; name at least one linear".to_string());
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }

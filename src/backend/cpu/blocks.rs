@@ -178,10 +178,7 @@ pub fn k_scales(packed: &[u8], group: usize) -> (u8, u8) {
     let packed = &packed[..12];
     match group {
         0..4 => (packed[group] & 63, packed[group + 4] & 63),
-        _ => (
-            packed[group + 4] & 15 | packed[group - 4] >> 6 << 4,
-            packed[group + 4] >> 4 | packed[group] >> 6 << 4,
-        ),
+        _ => (packed[group + 4] & 15 | packed[group - 4] >> 6 << 4, packed[group + 4] >> 4 | packed[group] >> 6 << 4),
     }
 }
 

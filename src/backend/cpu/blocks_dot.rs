@@ -67,8 +67,7 @@ mod avx512 {
         static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
             is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("f16c") && is_x86_feature_detected!("fma")
         });
-        *AVAILABLE
-            && matches!(kind, Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K | Kind::Nf4 | Kind::Affine4)
+        *AVAILABLE && matches!(kind, Kind::Q8_0 | Kind::Q4_0 | Kind::Q4_1 | Kind::Q4K | Kind::Nf4 | Kind::Affine4)
     }
 
     /// A row of blocks times x, with the sums of x's groups.
@@ -226,7 +225,8 @@ mod tests {
         let (rows, k, m) = (3, 512, 3);
         let x: Vec<f32> = (0..m * k).map(|_| rng.f32() - 0.3).collect();
         for kind in Kind::ALL {
-            let mut bytes: Vec<u8> = (0..rows * k / kind.block_len() * kind.block_bytes()).map(|_| rng.u8(..)).collect();
+            let mut bytes: Vec<u8> =
+                (0..rows * k / kind.block_len() * kind.block_bytes()).map(|_| rng.u8(..)).collect();
             if kind == Kind::Nf4 {
                 bytes = quantize_nf4(&(0..rows * k).map(|_| rng.f32() - 0.5).collect::<Vec<f32>>());
             } else {

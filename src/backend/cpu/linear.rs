@@ -30,7 +30,8 @@ pub fn forward(x: &Floats, w: &Floats, bias: Option<&[f32]>, m: usize, k: usize,
 pub fn forward_into(y: &mut [f32], x: &Floats, w: &Floats, bias: Option<&[f32]>, k: usize) {
     let (m, n) = (x.len() / k, w.len() / k);
     let few = m <= FEW_ROWS;
-    if let (Floats::BF16(x), Some(rhs)) = (x, Rhs::transposed(w).filter(|rhs| !few || matches!(rhs, Rhs::Transposed(_))))
+    if let (Floats::BF16(x), Some(rhs)) =
+        (x, Rhs::transposed(w).filter(|rhs| !few || matches!(rhs, Rhs::Transposed(_))))
         && bf16_product::takes(k)
     {
         match bias {

@@ -115,11 +115,15 @@ pub fn forward<'a>(hidden: &Tensor, head: impl Into<Weight<'a>>, targets: &[u32]
     let counted = check(hidden, head, targets)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device()) {
-        return cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?.0.read();
+        return cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?
+            .0
+            .read();
     }
     #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
     if hidden.device().is_metal() {
-        return metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?.0.read();
+        return metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, None, None)?
+            .0
+            .read();
     }
     on_cpu(OP, &[hidden])?;
     let (held, held_head) = (Held::of(OP, "hidden", hidden)?, Held::weight(OP, "head", head)?);
@@ -147,13 +151,15 @@ pub fn forward_backward<'a>(
     }
     #[cfg(feature = "cuda")]
     if cuda::takes(hidden.device())
-        && let (loss, Some(dhidden)) = cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
+        && let (loss, Some(dhidden)) =
+            cuda::cross_entropy::run(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
     {
         return Ok((loss, dhidden));
     }
     #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
     if hidden.device().is_metal()
-        && let (loss, Some(dhidden)) = metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
+        && let (loss, Some(dhidden)) =
+            metal::cross_entropy::loss(hidden, &head.to_dense(hidden.dtype())?, targets, &counted, Some(scale), dhead)?
     {
         return Ok((loss, dhidden));
     }

@@ -30,7 +30,10 @@ pub fn forward<'a>(x: &Tensor, w: impl Into<Weight<'a>>, bias: Option<&Tensor>) 
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {
-        return composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &size)?.detach().reshape(shape).map_err(Error::from);
+        return composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &size)?
+            .detach()
+            .reshape(shape)
+            .map_err(Error::from);
     }
     let x = x.contiguous()?;
     let bias = bias.map(Tensor::contiguous).transpose()?;

@@ -247,7 +247,8 @@ pub fn forward<'a>(
     if !x.device().is_cpu() {
         // The base product is Candle's own; the adapter is added to it in place.
         let base = linear::Size { m: size.m, k: size.k, n: size.n };
-        let y = linear::composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &base)?.detach().reshape(shape)?;
+        let y =
+            linear::composite(&x.detach(), &w.to_dense(x.dtype())?.detach(), bias, &base)?.detach().reshape(shape)?;
         let h = fused_lora::add_into(&y, x, a, b, s, dropout)?;
         return Ok((y, h));
     }

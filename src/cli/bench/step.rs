@@ -9,9 +9,9 @@ use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::linear;
 use metal_candle::backend::memory;
 use metal_candle::backend::quantized::QuantizedTensor;
-use metal_candle::models::{Holding, ModelConfig};
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, BaseWeight, DropoutRound};
+use metal_candle::models::{Holding, ModelConfig};
 use metal_candle::training::params::Params;
 use metal_candle::{Error, Result};
 
