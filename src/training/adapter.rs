@@ -7,6 +7,7 @@ pub mod mlx;
 mod names;
 pub mod peft;
 mod peft_config;
+mod sum;
 mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,7 @@ use crate::models::decoder::Decoder;
 use crate::models::linear::{Adapter, Parameter};
 use crate::{Error, Result};
 use names::in_block;
+pub use sum::sum;
 use targets::Targets;
 
 /// The name of the configuration in an adapter's folder, in both forms.
