@@ -164,6 +164,7 @@ fn targets_are_chosen_as_peft_chooses_them() {
         json!({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 1]}),
         json!({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 0], "layers_pattern": "layers"}),
         json!({"target_modules": ".*_proj", "exclude_modules": ["k_proj"]}),
+        json!({"target_modules": ["q_proj", "up_proj", "k_proj"], "exclude_modules": ["k_proj"]}),
     ] {
         assert_same(&plain, &Peft::new().with(targets).load().unwrap(), 0.0);
     }
@@ -292,6 +293,14 @@ fn dora_and_whole_tensors_go_through_files() {
     let output = folder.path().join("out");
     refused(file.save_as(Form::Mlx, &output), &["lm_head.weight was trained whole", "model.embed_tokens.weight"]);
     assert!(!output.exists());
+
+    // PEFT compares letters: `norm` ends `input_layernorm`.
+    let mut norms = Peft::new().with(json!({"modules_to_save": ["norm"]}));
+    norms.tensors.insert(
+        "base_model.model.model.layers.0.input_layernorm.weight".to_string(),
+        Tensor::new(&[1f32], &Device::Cpu).unwrap(),
+    );
+    assert!(norms.load().unwrap().saved.contains_key("model.layers.0.input_layernorm.weight"));
 
     let (model, mut decoder) = tiny();
     refused(plain.attach(&mut decoder, &Device::Cpu), &["DoRA's magnitudes of model.layers.0.mlp.up_proj"]);

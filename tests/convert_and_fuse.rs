@@ -193,8 +193,11 @@ fn a_fused_model_answers_as_the_adapted_one() {
     assert_same_tensors(&place.tensors("fused/model.safetensors"), &place.tensors("again/model.safetensors"));
 }
 
-/// The raw tensors of a safetensors file.
-fn raw(path: &Path) -> (BTreeMap<String, (String, Vec<usize>, Vec<u8>)>, Option<HashMap<String, String>>) {
+/// Dtype, shape and bytes by name.
+type Raw = BTreeMap<String, (String, Vec<usize>, Vec<u8>)>;
+
+/// The tensors of a safetensors file and its metadata.
+fn raw(path: &Path) -> (Raw, Option<HashMap<String, String>>) {
     let bytes = fs::read(path).unwrap();
     let metadata = SafeTensors::read_metadata(&bytes).unwrap().1.metadata().clone();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();

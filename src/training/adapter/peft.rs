@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::names::{path_of, without_prefix};
 use super::peft_config::Config;
-use super::targets::{Targets, under};
+use super::targets::{Targets, saved};
 use super::{AdapterFile, CONFIG, Module, Part, Parts, read_tensors};
 use crate::training::files::write_atomically;
 use crate::{Error, Result};
@@ -37,7 +37,7 @@ pub(super) fn load(folder: &Path, config: &Map<String, Value>) -> Result<Adapter
         return Err(Error::file(folder, format!("has no {TENSORS}{pickle}")));
     }
     let mut parts = Parts::default();
-    let mut saved = BTreeMap::new();
+    let mut whole = BTreeMap::new();
     for (name, tensor) in read_tensors(&path)? {
         let key = without_prefix(&name);
         if let Some((module, part)) = part_of(key) {
@@ -46,8 +46,8 @@ pub(super) fn load(folder: &Path, config: &Map<String, Value>) -> Result<Adapter
                 parts.problems.push(format!("{name} is of no module that {CONFIG} chooses"));
             }
             parts.add(&name, module_path, part, &tensor, true)?;
-        } else if let Some(whole) = saved_name(key, &config.selection.modules_to_save) {
-            if saved.insert(whole, tensor).is_some() {
+        } else if let Some(name_here) = saved_name(key, &config.selection.modules_to_save) {
+            if whole.insert(name_here, tensor).is_some() {
                 parts.problems.push(format!("{name} stands twice, in two spellings"));
             }
         } else if key.contains(".lora_embedding_") {
@@ -58,13 +58,14 @@ pub(super) fn load(folder: &Path, config: &Map<String, Value>) -> Result<Adapter
     }
     let found: Vec<String> = parts.found.keys().cloned().collect();
     let found: Vec<&str> = found.iter().map(String::as_str).collect();
-    let whole: Vec<&str> = saved.keys().map(String::as_str).collect();
-    let unmatched = config.unmatched(&found, &whole);
+    let whole_names: Vec<&str> = whole.keys().map(String::as_str).collect();
+    let unmatched = config.unmatched(&found, &whole_names);
     let modules = parts.modules(config.dora, |path| config.rank_and_scaling(path));
     parts.problems.extend(unmatched);
     parts.finish(&path)?;
     let Config { base_model, dropout, selection, .. } = config;
-    Ok(AdapterFile { base_model, blocks: None, dropout, modules, saved, targets: Some(Targets::Peft(selection)) })
+    let targets = Some(Targets::Peft(selection));
+    Ok(AdapterFile { base_model, blocks: None, dropout, modules, saved: whole, targets })
 }
 
 /// The module of a tensor and which part of its adapter it is. In memory, and in files saved by hand, the adapter's name
@@ -95,8 +96,8 @@ fn saved_name(key: &str, modules_to_save: &[String]) -> Option<String> {
         Some(_) => return None,
         None => module,
     };
-    let chosen = modules_to_save.iter().any(|name| under(module, name));
-    chosen.then(|| format!("{}.{parameter}", path_of(module)))
+    let tensor = format!("{}.{parameter}", path_of(module));
+    modules_to_save.iter().any(|name| saved(&tensor, name)).then_some(tensor)
 }
 
 /// Writes both files, each beside its place and then renamed.

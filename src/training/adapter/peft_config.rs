@@ -120,12 +120,15 @@ impl Config {
         let ranks = self.ranks.iter().filter(|(_, regex, _)| none(regex)).map(|(name, ..)| ("rank_pattern", name));
         let alphas = self.alphas.iter().filter(|(_, regex, _)| none(regex)).map(|(name, ..)| ("alpha_pattern", name));
         let patterns = ranks.chain(alphas).map(|(key, name)| format!("{key} {name} has no module"));
-        let whole =
-            self.selection.modules_to_save.iter().filter(|name| !saved.iter().any(|at| targets::under(at, name)));
+        let without = |name: &&String| !saved.iter().any(|tensor| targets::saved(tensor, name));
+        let whole = self.selection.modules_to_save.iter().filter(without);
         let whole = whole.map(|name| format!("modules_to_save {name} has no tensor"));
         let targets: Vec<String> = match &self.selection.targets {
             Names::List(names) => {
-                let without = names.iter().filter(|name| !modules.iter().any(|path| targets::ends_with(path, name)));
+                let found = |name: &str| modules.iter().any(|path| targets::ends_with(path, name));
+                let excluded =
+                    |name: &str| self.selection.exclude.as_ref().is_some_and(|names| names.may_exclude(name));
+                let without = names.iter().filter(|name| !found(name) && !excluded(name));
                 without.map(|name| format!("target {name} has no tensor")).collect()
             }
             _ if modules.is_empty() => vec!["no tensor is of a target module".to_string()],

@@ -90,6 +90,14 @@ impl Selection {
 }
 
 impl Names {
+    /// Whether modules that a name ends may all be left out by these. A pattern can be held against whole paths only.
+    pub fn may_exclude(&self, target: &str) -> bool {
+        match self {
+            Self::List(names) => names.iter().any(|name| ends_with(target, name)),
+            Self::AllLinear | Self::Pattern(_) => true,
+        }
+    }
+
     pub fn include(&self, path: &str) -> bool {
         match self {
             // The output projection is a linear too, and left out by PEFT.
@@ -116,6 +124,12 @@ pub fn ends_with(path: &str, name: &str) -> bool {
 /// Whether a path is a module that a name ends, or lies under it.
 pub fn under(path: &str, name: &str) -> bool {
     format!(".{path}.").contains(&format!(".{name}."))
+}
+
+/// Whether a tensor belongs to a module that a name of `modules_to_save` ends: PEFT compares letters there, not parts, so that
+/// `norm` names `input_layernorm` too.
+pub fn saved(tensor: &str, name: &str) -> bool {
+    tensor.contains(&format!("{name}."))
 }
 
 /// A regular expression that must match a whole path.
