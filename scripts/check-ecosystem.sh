@@ -2,10 +2,10 @@
 # Adapters and fused models, both ways, against the libraries that others use: PEFT with transformers, and mlx-lm.
 #
 # A tiny model's logits must agree to 1e-4 of the largest one, in f32. PEFT_PYTHON and MLX_PYTHON name Pythons that have the
-# packages; without them a virtual environment is made in target/ecosystem, which downloads some hundred megabytes from PyPI.
+# packages; without them a virtual environment is made in target/ecosystem. PyTorch is taken from its index for CPUs or, where that is out of
+# reach, from PyPI with some gigabytes of CUDA libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${CARGO_PROFILE:=dev}"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -23,11 +23,10 @@ peft() { "$PEFT_PYTHON" -W ignore scripts/ecosystem.py "$@" 2>"$work/peft.log" |
 mlx() { "$MLX_PYTHON" scripts/ecosystem.py "$@"; }
 compare() { python3 scripts/ecosystem.py compare "$@"; }
 
-cargo build --locked --profile "$CARGO_PROFILE" --bins --example logits
-built=target/$CARGO_PROFILE; [ "$CARGO_PROFILE" != dev ] || built=target/debug
-candle() { "$built/metal-candle" "$@"; }
+cargo build --locked --bins --example logits
+candle() { target/debug/metal-candle "$@"; }
 tokens=$(python3 scripts/ecosystem.py tokens)
-ours() { mkdir -p "$work/ours"; "$built/examples/logits" "$1" ${2:+--adapter "$2"} $tokens >"$work/ours/${3:-$(basename "${2:-$1}")}.json"; }
+ours() { mkdir -p "$work/ours"; target/debug/examples/logits "$1" ${2:+--adapter "$2"} $tokens >"$work/ours/${3:-$(basename "${2:-$1}")}.json"; }
 
 echo "== the model itself"
 python3 scripts/ecosystem.py model "$work"
