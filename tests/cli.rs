@@ -186,14 +186,14 @@ fn a_broken_adapter_names_every_fault() {
     good(&place.run(TRAIN));
     let path = place.path("adapters/adapter_config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    config["use_dora"] = true.into();
+    config["lora_bias"] = true.into();
     config["novelty"] = 3.into();
     fs::write(&path, config.to_string()).unwrap();
-    refused(&place.run("generate --adapter-path adapters -p x"), 1, &["use_dora", "novelty"]);
+    refused(&place.run("generate --adapter-path adapters -p x"), 1, &["lora_bias", "novelty"]);
     let tensors = place.path("adapters/adapter_model.safetensors");
     let whole = fs::read(&tensors).unwrap();
     fs::write(&tensors, &whole[..whole.len() / 2]).unwrap();
-    config.as_object_mut().unwrap().retain(|key, _| key != "use_dora" && key != "novelty");
+    config.as_object_mut().unwrap().retain(|key, _| key != "lora_bias" && key != "novelty");
     fs::write(&path, config.to_string()).unwrap();
     refused(&place.run("generate --adapter-path adapters -p x"), 1, &["adapter_model.safetensors"]);
 }

@@ -12,7 +12,7 @@ use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::{Adapter, DropoutRound};
 use metal_candle::models::{Holding, ModelConfig, weights};
-use metal_candle::training::adapter::AdapterFile;
+use metal_candle::training::adapter::{AdapterFile, Module};
 use metal_candle::training::params::Params;
 
 const MODELS: [&str; 5] = ["llama", "llama_linear", "mistral", "qwen2", "qwen3"];
@@ -68,20 +68,21 @@ impl Fixture {
 
     fn with_adapter_in(&self, dtype: DType) -> (Decoder, Params) {
         let file = AdapterFile::load(&self.folder.join("adapter")).unwrap();
-        assert_eq!((file.config.rank, file.config.alpha, file.tensors.len()), (4, 10.0, 14));
+        assert_eq!(file.modules.len(), 14);
+        assert!(file.modules.values().all(|module| (module.rank(), module.alpha()) == (4, 10.0)));
         let initial: Vec<(String, Tensor)> = file
-            .tensors
+            .modules
             .iter()
-            .flat_map(|(module, (a, b))| {
+            .flat_map(|(module, Module { a, b, .. })| {
                 [(format!("{module}.lora_A.weight"), a.clone()), (format!("{module}.lora_B.weight"), b.clone())]
             })
             .collect();
         let params = Params::new(&initial, &self.device).unwrap();
         let mut decoder = self.decoder_in(dtype);
-        for (module, pair) in file.tensors.keys().zip(params.named().unwrap().chunks_exact(2)) {
+        for ((path, module), pair) in file.modules.iter().zip(params.named().unwrap().chunks_exact(2)) {
             let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-            let adapter = Adapter { a, b, scaling: file.scaling(), dropout: 0.0, number: 0 };
-            decoder.attach(module, Some(adapter)).unwrap();
+            let adapter = Adapter { a, b, scaling: module.scaling, dropout: 0.0, number: 0 };
+            decoder.attach(path, Some(adapter)).unwrap();
         }
         (decoder, params)
     }

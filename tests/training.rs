@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use metal_candle::models::ModelFiles;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
 use metal_candle::models::linear::DropoutRound;
-use metal_candle::training::adapter::AdapterFile;
+use metal_candle::training::adapter::{AdapterFile, Module};
 use metal_candle::training::checkpoint;
 use metal_candle::training::dataset::{Dataset, DatasetOptions};
 use metal_candle::training::options::{FineTuneType, GradCheckpoint, TrainerOptions};
@@ -70,9 +70,11 @@ impl Setup {
         let file = AdapterFile::load(&self.adapter("seeded")).unwrap();
         file.attach(&mut decoder, &Device::Cpu).unwrap();
         let initial: Vec<(String, Tensor)> = file
-            .tensors
+            .modules
             .iter()
-            .flat_map(|(path, (a, b))| [(format!("{path}.a"), a.clone()), (format!("{path}.b"), b.clone())])
+            .flat_map(|(path, Module { a, b, .. })| {
+                [(format!("{path}.a"), a.clone()), (format!("{path}.b"), b.clone())]
+            })
             .collect();
         let params = Params::new(&initial, &Device::Cpu).unwrap();
         let adapters: Vec<_> =
@@ -235,7 +237,7 @@ fn a_run_can_be_stopped_and_started_from_an_adapter() {
 
     let second = setup.adapter("second");
     let trainer = start(From::Adapter(path.clone()), &second);
-    let b = AdapterFile::load(&path).unwrap().tensors["model.layers.0.self_attn.q_proj"].1.clone();
+    let b = AdapterFile::load(&path).unwrap().modules["model.layers.0.self_attn.q_proj"].b.clone();
     let linear = trainer.decoder().linears().find(|(path, _)| path == "model.layers.0.self_attn.q_proj").unwrap().1;
     assert_eq!(common::f64s(&linear.adapter.as_ref().unwrap().b.value), common::f64s(&b));
 }

@@ -1,10 +1,12 @@
 //! `metal-candle info`: what this program can do here, and what a model or an adapter is.
 
+use std::collections::BTreeSet;
+
 use candle_core::DType;
 use clap::Args;
 use metal_candle::backend::cuda;
 use metal_candle::models::ModelFiles;
-use metal_candle::training::adapter::AdapterFile;
+use metal_candle::training::adapter::{AdapterFile, Form};
 
 use super::Outcome;
 
@@ -29,7 +31,11 @@ impl Info {
             model(&ModelFiles::open(name)?);
         }
         if let Some(path) = &self.adapter_path {
-            adapter(&AdapterFile::load(path)?);
+            let form = match AdapterFile::form(path)? {
+                Form::Peft => "PEFT",
+                Form::Mlx => "MLX",
+            };
+            adapter(&AdapterFile::load(path)?, form);
         }
         Ok(())
     }
@@ -95,13 +101,26 @@ fn model(files: &ModelFiles) {
     row("end token", end);
 }
 
-fn adapter(file: &AdapterFile) {
-    let values: usize = file.tensors.values().map(|(a, b)| a.elem_count() + b.elem_count()).sum();
-    row("made for", &file.base_model);
-    row("rank", &file.config.rank.to_string());
-    row("alpha", &format!("{}, scaling {}", file.config.alpha, file.scaling()));
-    row("values", &format!("{values} on {} linears", file.tensors.len()));
-    row("targets", &file.config.target_modules.join(", "));
+fn adapter(file: &AdapterFile, form: &str) {
+    let modules = || file.modules.values();
+    let values: usize = modules().map(|module| module.a.elem_count() + module.b.elem_count()).sum();
+    row("made for", file.base_model.as_deref().unwrap_or("an unnamed model"));
+    row("form", form);
+    row("rank", &each(modules().map(|module| module.rank().to_string())));
+    row("alpha", &each(modules().map(|module| format!("{}, scaling {}", module.alpha(), module.scaling))));
+    row("values", &format!("{values} on {} linears", file.modules.len()));
+    row("targets", &file.target_names().into_iter().collect::<Vec<_>>().join(", "));
+    if modules().any(|module| module.magnitude.is_some()) {
+        row("kind", "DoRA");
+    }
+    if !file.saved.is_empty() {
+        row("whole tensors", &file.saved.keys().map(String::as_str).collect::<Vec<_>>().join(", "));
+    }
+}
+
+/// What the modules have, each value once.
+fn each(values: impl Iterator<Item = String>) -> String {
+    values.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join("; ")
 }
 
 fn row(name: &str, value: &str) {

@@ -2,10 +2,12 @@
 
 mod bench;
 mod chat;
+mod convert;
 mod demo;
 mod device;
 mod display;
 mod eval;
+mod fuse;
 mod generate;
 mod info;
 mod metrics;
@@ -36,6 +38,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     Chat(Box<chat::Chat>),
     Eval(Box<eval::Eval>),
+    Convert(convert::Convert),
+    Fuse(fuse::Fuse),
     Info(info::Info),
     Bench(bench::Bench),
 }
@@ -57,6 +61,8 @@ pub fn run() -> ExitCode {
         Command::Generate(args) => args.run(),
         Command::Chat(args) => args.run(),
         Command::Eval(args) => args.run(),
+        Command::Convert(args) => args.run(),
+        Command::Fuse(args) => args.run(),
         Command::Info(args) => args.run(),
         Command::Bench(args) => args.run(),
     };

@@ -49,7 +49,9 @@ impl ModelArgs {
     fn name(&self, adapter: Option<&AdapterFile>) -> Result<String> {
         match (&self.model, adapter) {
             (Some(model), _) => Ok(model.clone()),
-            (None, Some(adapter)) => Ok(adapter.base_model.clone()),
+            (None, Some(adapter)) => adapter.base_model.clone().ok_or_else(|| {
+                Error::setting("--model", "is needed: the adapter does not say which model it was made for")
+            }),
             (None, None) => Err(Error::setting("--model", "is needed where there is no --adapter-path to tell it")),
         }
     }

@@ -165,6 +165,17 @@ impl ModelFiles {
         }
     }
 
+    /// The folder with the model's safetensors.
+    ///
+    /// # Errors
+    /// A model from a GGUF file, which has none.
+    pub fn folder(&self) -> Result<&Path> {
+        match &self.source {
+            Source::Folder(folder) => Ok(folder),
+            Source::Gguf(file) => Err(Error::file(file, NOT_SAVED)),
+        }
+    }
+
     /// Whether [`ModelFiles::save_with_weights`] can write this model.
     pub fn check_can_save(&self) -> Result<()> {
         match &self.source {

@@ -1,344 +1,357 @@
-//! Adapters in the form of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+//! Adapters: in memory, and in the two forms that files have, PEFT's ([`peft`]) and MLX's ([`mlx`]).
 //!
-//! PEFT stores `lora_A.weight` `[r, k]` and `lora_B.weight` `[n, r]`, the transposes of A and B, under
-//! `base_model.model.{module}`. The scaling is `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
+//! In memory each module carries its own rank and scaling, so that whatever a file says of them is exact. A PEFT file with
+//! patterns becomes this without loss; MLX has one rank and one scale for all modules, and what differs is folded into B there.
+
+pub mod mlx;
+mod names;
+pub mod peft;
+mod peft_config;
+mod sum;
+mod targets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::files::write_atomically;
-use super::lora::LoRAConfig;
+use crate::models::ModelConfig;
+use crate::models::block::LINEAR_NAMES;
 use crate::models::decoder::Decoder;
 use crate::models::linear::{Adapter, Parameter};
 use crate::{Error, Result};
+use names::in_block;
+pub use sum::sum;
+use targets::Targets;
 
-/// The name of the configuration in an adapter's folder.
+/// The name of the configuration in an adapter's folder, in both forms.
 pub const CONFIG: &str = "adapter_config.json";
-/// The name of the tensors' file in an adapter's folder.
-pub const TENSORS: &str = "adapter_model.safetensors";
+
+/// The forms that an adapter's folder has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Of the PEFT library: `adapter_model.safetensors`.
+    Peft,
+    /// Of mlx-lm: `adapters.safetensors`.
+    Mlx,
+}
+
+/// The adapter of one linear: the delta `s · (x A) B` and, with DoRA, the length of each row of the adapted weight.
+#[derive(Debug, Clone)]
+pub struct Module {
+    /// A `[k, r]`, f32.
+    pub a: Tensor,
+    /// B `[r, n]`, f32.
+    pub b: Tensor,
+    /// s.
+    pub scaling: f64,
+    /// DoRA's magnitudes `[n]`, f32: rows of `W + s (A B)ᵀ` are scaled to these lengths.
+    pub magnitude: Option<Tensor>,
+}
+
+impl Module {
+    /// r.
+    pub fn rank(&self) -> usize {
+        self.a.dims()[1]
+    }
+
+    /// `(k, n)`: the sizes of the linear's input and output.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.a.dims()[0], self.b.dims()[1])
+    }
+
+    /// The alpha for which alpha / rank is the scaling.
+    pub fn alpha(&self) -> f64 {
+        let rank = self.rank() as f64;
+        let product = self.scaling * rank;
+        // The product of a quotient can be off by its last bit; alphas are whole numbers as a rule.
+        if product.round() / rank == self.scaling { product.round() } else { product }
+    }
+}
 
 /// An adapter as files hold it.
 #[derive(Debug, Clone)]
 pub struct AdapterFile {
-    /// Rank, alpha, dropout and targets.
-    pub config: LoRAConfig,
-    /// Whether the scaling is alpha / √rank.
-    pub rslora: bool,
     /// The model that it was trained on, as it was named then.
-    pub base_model: String,
-    /// A `[k, r]` and B `[r, n]`, f32, by module path (`model.layers.0.self_attn.q_proj`).
-    pub tensors: BTreeMap<String, (Tensor, Tensor)>,
+    pub base_model: Option<String>,
+    /// The model's blocks, where they were known.
+    pub blocks: Option<usize>,
+    /// The dropout that it was trained with.
+    pub dropout: f32,
+    /// By module path (`model.layers.0.self_attn.q_proj`).
+    pub modules: BTreeMap<String, Module>,
+    /// Tensors of the model that were trained whole (PEFT's `modules_to_save`), by their names in the model.
+    pub saved: BTreeMap<String, Tensor>,
+    /// What the file's configuration chose, to be held against the model.
+    targets: Option<Targets>,
 }
 
-/// Keys of PEFT's configuration that mean another computation when they are set to anything but nothing, false or empty.
-const UNSUPPORTED: &[&str] = &[
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "lora_bias",
-    "fan_in_fan_out",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "eva_config",
-    "loftq_config",
-    "megatron_config",
-    "velora_config",
-    "kasa_config",
-    "ensure_weight_tying",
-    "lora_ga_config",
-    "use_bdlora",
-    "exclude_modules",
-];
-
-/// Keys that have no bearing on a loaded adapter: where it came from, or how training began.
-const HARMLESS: &[&str] = &[
-    "peft_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "bias",
-    "use_rslora",
-    "init_lora_weights",
-    "layers_to_transform",
-    "layers_pattern",
-    "megatron_core",
-    "peft_version",
-    "runtime_config",
-    "qalora_group_size",
-    "monteclora_config",
-];
-
 impl AdapterFile {
-    /// An adapter to be saved.
-    pub fn new(config: LoRAConfig, base_model: &str, tensors: BTreeMap<String, (Tensor, Tensor)>) -> Result<Self> {
-        config.validate()?;
-        Ok(Self { config, rslora: false, base_model: base_model.to_string(), tensors })
+    /// An adapter of a model with so many blocks.
+    pub fn new(base_model: &str, blocks: usize, dropout: f32, modules: BTreeMap<String, Module>) -> Self {
+        let base_model = Some(base_model.to_string());
+        Self { base_model, blocks: Some(blocks), dropout, modules, saved: BTreeMap::new(), targets: None }
     }
 
-    /// s of the adapter at a module path.
-    pub fn scaling(&self) -> f64 {
-        if self.rslora { self.config.alpha / (self.config.rank as f64).sqrt() } else { self.config.scaling() }
-    }
-
-    /// Writes both files into a folder, each beside its place and then renamed.
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let mut tensors = BTreeMap::new();
-        for (module, (a, b)) in &self.tensors {
-            for (name, tensor) in [("lora_A", a), ("lora_B", b)] {
-                let flipped = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.t()?.contiguous()?;
-                tensors.insert(format!("base_model.model.{module}.{name}.weight"), flipped);
-            }
-        }
-        let path = folder.join(TENSORS);
-        // transformers refuses files that do not say what framework's layout they have.
-        let metadata = [("format".to_string(), "pt".to_string())].into();
-        let bytes = safetensors::serialize(&tensors, Some(metadata))
-            .map_err(|error| Error::file(&path, format!("cannot be written: {error}")))?;
-        write_atomically(&path, |file| file.write_all(&bytes).map_err(Error::io(&path)))?;
-
-        let path = folder.join(CONFIG);
-        let text = format!("{:#}\n", self.config_json());
-        write_atomically(&path, |file| file.write_all(text.as_bytes()).map_err(Error::io(&path)))
-    }
-
-    /// Reads an adapter's folder.
+    /// Reads an adapter's folder, in either form.
     ///
     /// # Errors
-    /// One error lists every key that is not supported; another every tensor without its partner, of a wrong shape or with a
-    /// name that is not understood, and every target without a tensor.
+    /// One error lists every key of the configuration that is not supported; another every tensor without its partner, of a
+    /// wrong shape, with a name that is not understood or outside of what the configuration chooses, and every target without
+    /// a tensor.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join(CONFIG);
-        if !path.exists() {
-            return Err(Error::file(folder, format!("is not an adapter's folder: it has no {CONFIG}")));
+        let (form, config) = read_config(folder)?;
+        match form {
+            Form::Peft => peft::load(folder, &config),
+            Form::Mlx => mlx::load(folder, &config),
         }
-        let (config, rslora, base_model) = read_config(&path)?;
-        let path = folder.join(TENSORS);
-        let raw = candle_core::safetensors::load(&path, &Device::Cpu)
-            .map_err(|error| Error::file(&path, format!("cannot be read: {error}")))?;
-        let tensors = pair_up(&path, raw, &config)?;
-        Ok(Self { config, rslora, base_model, tensors })
+    }
+
+    /// The form of a folder.
+    pub fn form(folder: &Path) -> Result<Form> {
+        Ok(read_config(folder)?.0)
+    }
+
+    /// Writes both files in PEFT's form, each beside its place and then renamed.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        self.save_as(Form::Peft, folder)
+    }
+
+    /// Writes both files in a form, each beside its place and then renamed.
+    ///
+    /// # Errors
+    /// One error lists everything that the form cannot hold; nothing is written then.
+    pub fn save_as(&self, form: Form, folder: &Path) -> Result<()> {
+        match form {
+            Form::Peft => peft::save(self, folder),
+            Form::Mlx => mlx::save(self, folder),
+        }
+    }
+
+    /// Whether the model has every linear of the adapter, of its sizes, and the adapter every linear that its configuration
+    /// chooses in this model.
+    ///
+    /// # Errors
+    /// One error lists every module that does not fit.
+    pub fn check_fits(&self, config: &ModelConfig) -> Result<()> {
+        let sizes = linear_sizes(config);
+        let mut problems = Vec::new();
+        for (path, module) in &self.modules {
+            match (sizes.get(path), module.sizes()) {
+                (None, _) => problems.push(format!("the model has no linear {path}")),
+                (Some(&(k, n)), found) if (k, n) != found => {
+                    problems
+                        .push(format!("{path} goes from {k} to {n}, the adapter's from {} to {}", found.0, found.1));
+                }
+                _ => {}
+            }
+        }
+        if let Some(targets) = &self.targets {
+            let chosen = sizes.keys().filter(|path| targets.include(path, config.num_layers));
+            let without = chosen.filter(|path| !self.modules.contains_key(*path));
+            problems.extend(without.map(|path| format!("{path} is a target of it and has no tensor")));
+            let beyond = self.modules.keys().filter(|path| targets.leave_out(path, config.num_layers));
+            problems.extend(beyond.map(|path| format!("{path} is not in the blocks that it is for")));
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        let made_for = self.base_model.as_ref().map(|base| format!(" (it was made for {base})")).unwrap_or_default();
+        Err(Error::setting("adapter", format!("it does not fit the model{made_for}: {}", problems.join("; "))))
     }
 
     /// Puts the adapter on a model, in place of any that it has.
     ///
     /// # Errors
-    /// One error lists every module that the model lacks or has with other sizes; nothing is attached then.
+    /// As [`AdapterFile::check_fits`]; parts that the decoder does not run. Nothing is attached then.
     pub fn attach(&self, decoder: &mut Decoder, device: &Device) -> Result<()> {
-        let sizes: BTreeMap<String, (usize, usize)> =
-            decoder.linears().map(|(path, linear)| (path, linear.sizes())).collect();
-        let mut problems = Vec::new();
-        for (module, (a, b)) in &self.tensors {
-            let found = (a.dims()[0], b.dims()[1]);
-            match sizes.get(module) {
-                None => problems.push(format!("the model has no linear {module}")),
-                Some(&size) if size != found => {
-                    problems.push(format!(
-                        "{module} goes from {} to {}, the adapter's from {} to {}",
-                        size.0, size.1, found.0, found.1
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-        if !problems.is_empty() {
-            let base = &self.base_model;
-            return Err(Error::setting(
-                "adapter",
-                format!("it does not fit (it was made for {base}): {}", problems.join("; ")),
-            ));
-        }
-        for path in sizes.keys() {
+        self.check_fits(&decoder.config)?;
+        self.check_plain("a model runs")?;
+        let linears: Vec<String> = decoder.linears().map(|(path, _)| path).collect();
+        for path in &linears {
             decoder.attach(path, None)?;
         }
-        for (number, (module, (a, b))) in self.tensors.iter().enumerate() {
+        for (number, (path, module)) in self.modules.iter().enumerate() {
             let adapter = Adapter {
-                a: Parameter::frozen(a.to_device(device)?),
-                b: Parameter::frozen(b.to_device(device)?),
-                scaling: self.scaling(),
+                a: Parameter::frozen(module.a.to_device(device)?),
+                b: Parameter::frozen(module.b.to_device(device)?),
+                scaling: module.scaling,
                 dropout: 0.0,
                 number: number as u32,
             };
-            decoder.attach(module, Some(adapter))?;
+            decoder.attach(path, Some(adapter))?;
         }
         Ok(())
     }
 
-    fn config_json(&self) -> Value {
-        // PEFT matches a name by its end; a name that also ends others' paths must be given whole.
-        let names: BTreeSet<&str> = self.tensors.keys().filter_map(|module| module.rsplit('.').next()).collect();
-        let layers: BTreeSet<usize> = self.tensors.keys().filter_map(|module| layer_of(module)).collect();
-        let everywhere = self.tensors.len() == names.len() * layers.len() && layers.iter().copied().eq(0..layers.len());
-        let mut config = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_model,
-            "inference_mode": true,
-            "r": self.config.rank,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": self.config.dropout,
-            "target_modules": names,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "init_lora_weights": true,
-            "use_rslora": self.rslora,
-            "use_dora": false,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "modules_to_save": null,
-            "layers_to_transform": null,
-        });
-        if !everywhere {
-            config["target_modules"] = json!(self.tensors.keys().collect::<Vec<_>>());
+    /// Refuses DoRA and tensors that were trained whole, by name. `who` begins the sentence.
+    pub(crate) fn check_plain(&self, who: &str) -> Result<()> {
+        let dora = self.modules.iter().filter(|(_, module)| module.magnitude.is_some());
+        let dora = dora.map(|(path, _)| format!("DoRA's magnitudes of {path}"));
+        let problems: Vec<String> =
+            dora.chain(self.saved.keys().map(|name| format!("the whole tensor {name}"))).collect();
+        if problems.is_empty() {
+            return Ok(());
         }
-        if self.config.alpha.fract() == 0.0 {
-            config["lora_alpha"] = json!(self.config.alpha as i64);
-        }
-        config
+        let what = format!("{who} plain LoRA adapters only for now; this one also has {}", problems.join(", "));
+        Err(Error::setting("adapter", what))
     }
-}
 
-fn read_config(path: &Path) -> Result<(LoRAConfig, bool, String)> {
-    let text = fs::read_to_string(path).map_err(Error::io(path))?;
-    let value: Value =
-        serde_json::from_str(&text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))?;
-    let Value::Object(map) = value else { return Err(Error::file(path, "is not a JSON object")) };
-    if map.contains_key("lora_parameters") {
-        return Err(Error::file(path, "is an adapter in MLX's form; only PEFT's is read for now"));
-    }
-    let mut problems = Vec::new();
-    match map.get("peft_type").and_then(Value::as_str) {
-        Some("LORA") => {}
-        other => problems.push(format!("peft_type is {}; only LORA is known", other.unwrap_or("missing"))),
-    }
-    if map.get("bias").is_some_and(|bias| bias != "none" && !bias.is_null()) {
-        problems.push(format!("bias is {}; only none is known", map["bias"]));
-    }
-    problems.extend(strange_initialisation(&map));
-    for (key, value) in &map {
-        if is_empty(value) || HARMLESS.contains(&key.as_str()) {
-            continue;
-        }
-        let what = if UNSUPPORTED.contains(&key.as_str()) { "is not supported" } else { "is not known" };
-        problems.push(format!("{key} is {value}, which {what}"));
-    }
-    let number = |key: &str| map.get(key).and_then(Value::as_f64);
-    // PEFT's defaults for both are 8.
-    let rank = number("r").unwrap_or(8.0);
-    let mut config = LoRAConfig::new(if (1.0..=65_536.0).contains(&rank) { rank as usize } else { 0 });
-    config.alpha = number("lora_alpha").unwrap_or(8.0);
-    config.dropout = number("lora_dropout").unwrap_or(0.0) as f32;
-    config.target_modules = match map.get("target_modules") {
-        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).map(str::to_string).collect(),
-        Some(Value::String(name)) => vec![name.clone()],
-        _ => Vec::new(),
-    };
-    if config.target_modules.is_empty() {
-        problems.push("target_modules is missing".to_string());
-    } else if let Err(error) = config.validate() {
-        problems.push(error.to_string());
-    }
-    if !problems.is_empty() {
-        return Err(Error::file(path, problems.join("; ")));
-    }
-    let base = map.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("an unnamed model").to_string();
-    Ok((config, map.get("use_rslora").and_then(Value::as_bool).unwrap_or(false), base))
-}
-
-/// Initialisations that change the base model's weights leave an adapter that fits the changed weights only.
-fn strange_initialisation(map: &Map<String, Value>) -> Option<String> {
-    let init = map.get("init_lora_weights")?;
-    let plain = init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal" || init.is_null();
-    (!plain).then(|| format!("init_lora_weights is {init}, which changed the base model's weights"))
-}
-
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    }
-}
-
-/// Names to modules and the two matrices to each other, whatever spelling the file has.
-fn pair_up(
-    path: &Path,
-    raw: std::collections::HashMap<String, Tensor>,
-    config: &LoRAConfig,
-) -> Result<BTreeMap<String, (Tensor, Tensor)>> {
-    let mut problems = Vec::new();
-    let mut halves: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
-    for (name, tensor) in raw {
-        let Some((module, index)) = module_of(&name) else {
-            problems.push(format!("the name of {name} is not understood"));
-            continue;
+    /// Whether the adapter is on the same linears of every block of its model, as far as that is known.
+    fn in_all_blocks(&self) -> bool {
+        let layers = self.layers();
+        let count = layers.len();
+        let next = |path: &String| {
+            let (_, name) = in_block(path)?;
+            let path = format!("model.layers.{count}.{name}");
+            Some(self.targets.as_ref()?.include(&path, count + 1))
         };
-        let rank_at = index;
-        if tensor.rank() != 2 || tensor.dims()[rank_at] != config.rank {
-            problems.push(format!("{name} is {:?}, which does not fit rank {}", tensor.dims(), config.rank));
-            continue;
-        }
-        if halves.entry(module).or_default()[index].replace(tensor.to_dtype(DType::F32)?.t()?.contiguous()?).is_some() {
-            problems.push(format!("{name} stands twice, in two spellings"));
-        }
+        let all = match self.blocks {
+            Some(blocks) => count == blocks,
+            // A configuration that would choose a further block names no blocks.
+            None => self.modules.keys().all(|path| next(path).unwrap_or(false)),
+        };
+        all && layers.into_iter().eq(0..count)
     }
-    let mut tensors = BTreeMap::new();
-    for (module, pair) in halves {
-        match pair {
-            [Some(a), Some(b)] => {
-                tensors.insert(module, (a, b));
-            }
-            [Some(_), None] => problems.push(format!("{module} has lora_A and no lora_B")),
-            _ => problems.push(format!("{module} has lora_B and no lora_A")),
-        }
+
+    /// The blocks with an adapter.
+    fn layers(&self) -> BTreeSet<usize> {
+        self.modules.keys().filter_map(|path| Some(in_block(path)?.0)).collect()
     }
-    // A target written as a regular expression cannot be looked for as a name.
-    let names =
-        config.target_modules.iter().filter(|name| name.chars().all(|c| c.is_alphanumeric() || "._-".contains(c)));
-    for name in names.filter(|name| *name != "all-linear") {
-        if !tensors.keys().any(|module| module == name || module.ends_with(&format!(".{name}"))) {
-            problems.push(format!("target {name} has no tensor"));
-        }
+
+    /// The names in a block of the linears with an adapter, if each of the adapter's blocks has all of them and nothing else
+    /// has an adapter.
+    fn common_names(&self) -> Option<BTreeSet<&str>> {
+        let names: BTreeSet<&str> = self.modules.keys().filter_map(|path| Some(in_block(path)?.1)).collect();
+        (self.modules.len() == names.len() * self.layers().len()).then_some(names)
     }
-    problems.sort_unstable();
-    if problems.is_empty() { Ok(tensors) } else { Err(Error::file(path, problems.join("; "))) }
+
+    /// The linears of a block that have an adapter in any block, by their last names.
+    pub fn target_names(&self) -> BTreeSet<&str> {
+        self.modules.keys().filter_map(|path| path.rsplit('.').next()).collect()
+    }
 }
 
-/// The module and 0 for A, 1 for B. PEFT's own name is `base_model.model.{module}.lora_A.weight`; in memory, and in files
-/// saved by hand, an adapter's name follows (`lora_A.default.weight`), and some tools leave prefixes out.
-fn module_of(name: &str) -> Option<(String, usize)> {
-    let (module, rest) = name.split_once(".lora_")?;
-    let index = match rest.strip_suffix(".weight")?.split_once('.').unwrap_or((rest.strip_suffix(".weight")?, "")) {
-        ("A", adapter) if !adapter.contains('.') => 0,
-        ("B", adapter) if !adapter.contains('.') => 1,
-        _ => return None,
+/// `(k, n)` of every linear that can carry an adapter.
+fn linear_sizes(config: &ModelConfig) -> BTreeMap<String, (usize, usize)> {
+    let linear = |(name, shape): (String, Vec<usize>)| {
+        let path = name.strip_suffix(".weight")?;
+        let &[n, k] = shape.as_slice() else { return None };
+        LINEAR_NAMES.iter().any(|end| path.ends_with(end)).then(|| (path.to_string(), (k, n)))
     };
-    let mut module = module;
-    for prefix in ["base_model.model.", "base_model."] {
-        module = module.strip_prefix(prefix).unwrap_or(module);
-    }
-    let module = if module.starts_with("layers.") { format!("model.{module}") } else { module.to_string() };
-    Some((module, index))
+    config.weight_shapes().into_iter().filter_map(linear).collect()
 }
 
-fn layer_of(module: &str) -> Option<usize> {
-    module.split_once("layers.")?.1.split('.').next()?.parse().ok()
+/// The form that a folder's configuration has, and its keys.
+fn read_config(folder: &Path) -> Result<(Form, Map<String, Value>)> {
+    let path = folder.join(CONFIG);
+    if !path.exists() {
+        return Err(Error::file(folder, format!("is not an adapter's folder: it has no {CONFIG}{}", inner(folder))));
+    }
+    let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+    let Value::Object(map) = value else { return Err(Error::file(&path, "is not a JSON object")) };
+    let has = |key: &str| map.contains_key(key);
+    match (has("peft_type"), has("lora_parameters") || has("fine_tune_type")) {
+        (true, false) => Ok((Form::Peft, map)),
+        (false, true) => Ok((Form::Mlx, map)),
+        (false, false) => {
+            Err(Error::file(&path, "has neither peft_type (as PEFT writes it) nor lora_parameters (as mlx-lm does)"))
+        }
+        (true, true) => Err(Error::file(
+            &path,
+            "has both peft_type and lora_parameters or fine_tune_type; take one form's keys out",
+        )),
+    }
+}
+
+/// PEFT puts an adapter with a name of its own into a folder of that name.
+fn inner(folder: &Path) -> String {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found: Vec<String> =
+        entries.filter(|path| path.join(CONFIG).exists()).map(|path| path.display().to_string()).collect();
+    found.sort_unstable();
+    if found.is_empty() { String::new() } else { format!("; adapters lie in {}", found.join(", ")) }
+}
+
+/// The tensors of a file, brought to their modules.
+#[derive(Default)]
+struct Parts {
+    found: BTreeMap<String, [Option<Tensor>; 3]>,
+    problems: Vec<String>,
+}
+
+/// The parts of a module's adapter, in the order of [`Parts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    A,
+    B,
+    Magnitude,
+}
+
+impl Parts {
+    /// Takes a tensor that stands in the file as `[r, k]`, `[n, r]` (`transposed`), or as A and B are here.
+    fn add(&mut self, name: &str, path: String, part: Part, tensor: &Tensor, transposed: bool) -> Result<()> {
+        let wanted = if part == Part::Magnitude { 1 } else { 2 };
+        if tensor.rank() != wanted || !tensor.dtype().is_float() {
+            let (dims, dtype) = (tensor.dims(), tensor.dtype().as_str());
+            let what = if wanted == 1 { "a vector" } else { "a matrix" };
+            self.problems.push(format!("{name} is {dims:?} in {dtype}, not {what} of floats"));
+            return Ok(());
+        }
+        let tensor = tensor.to_dtype(DType::F32)?;
+        let tensor = if transposed && wanted == 2 { tensor.t()? } else { tensor }.contiguous()?;
+        if self.found.entry(path).or_default()[part as usize].replace(tensor).is_some() {
+            self.problems.push(format!("{name} stands twice, in two spellings"));
+        }
+        Ok(())
+    }
+
+    /// The modules that are whole; `wanted` gives rank and scaling of one, and `dora` says whether they have magnitudes.
+    fn modules(&mut self, dora: bool, wanted: impl Fn(&str) -> (usize, f64)) -> BTreeMap<String, Module> {
+        let mut modules = BTreeMap::new();
+        for (path, [a, b, magnitude]) in std::mem::take(&mut self.found) {
+            let (Some(a), Some(b)) = (&a, &b) else {
+                let half = |part: &Option<Tensor>, name| if part.is_some() { "" } else { name };
+                self.problems.push(format!("{path} lacks its{}{}", half(&a, " A"), half(&b, " B")));
+                continue;
+            };
+            let (rank, scaling) = wanted(&path);
+            let mut wrong = Vec::new();
+            if a.dims()[1] != rank || b.dims()[0] != rank {
+                let (of_a, of_b) = (a.dims()[1], b.dims()[0]);
+                wrong.push(format!("{path} has rank {of_a} in A and {of_b} in B; the configuration says {rank}"));
+            }
+            match &magnitude {
+                None if dora => wrong.push(format!("{path} has no magnitudes, which DoRA needs")),
+                Some(_) if !dora => {
+                    wrong.push(format!("{path} has magnitudes; the configuration says nothing of DoRA"))
+                }
+                Some(m) if m.dims()[0] != b.dims()[1] => {
+                    wrong.push(format!("{path} has {} magnitudes for {} outputs", m.dims()[0], b.dims()[1]));
+                }
+                _ => {}
+            }
+            if wrong.is_empty() {
+                modules.insert(path, Module { a: a.clone(), b: b.clone(), scaling, magnitude });
+            }
+            self.problems.extend(wrong);
+        }
+        modules
+    }
+
+    /// One error with all that was found.
+    fn finish(mut self, path: &Path) -> Result<()> {
+        self.problems.sort_unstable();
+        if self.problems.is_empty() { Ok(()) } else { Err(Error::file(path, self.problems.join("; "))) }
+    }
+}
+
+/// All tensors of a file, sorted by name.
+fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let raw = candle_core::safetensors::load(path, &Device::Cpu);
+    Ok(raw.map_err(|error| Error::file(path, format!("cannot be read: {error}")))?.into_iter().collect())
 }

@@ -31,8 +31,29 @@ pub fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
     if path.exists() {
         fs::remove_dir_all(path).map_err(Error::io(path))?;
     }
+    allow_entering(temporary.path())?;
     fs::rename(temporary.keep(), path).map_err(Error::io(path))?;
     sync_folder(above)
+}
+
+/// Refuses to write a folder that is there, unless it may be replaced and is an adapter's or a model's, and one that holds
+/// what is read.
+pub fn check_output(output: &Path, replace: bool, sources: &[&Path]) -> Result<()> {
+    let Ok(real) = output.canonicalize() else { return Ok(()) };
+    let inside = |source: &&&Path| source.canonicalize().is_ok_and(|source| source.starts_with(&real));
+    if let Some(source) = sources.iter().find(inside) {
+        let problem = format!("holds {}, which is read; choose another --output", source.display());
+        return Err(Error::file(output, problem));
+    }
+    if !replace {
+        return Err(Error::file(output, "is already there; choose another --output, or replace it with --force"));
+    }
+    let ours = ["config.json", "adapter_config.json"].iter().any(|name| output.join(name).exists());
+    let empty = fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_none());
+    if ours || empty {
+        return Ok(());
+    }
+    Err(Error::file(output, "is not the folder of an adapter or a model, and --force replaces nothing else"))
 }
 
 /// Removes what writers that were killed left in a folder.
@@ -53,14 +74,23 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// Temporary files are private; what replaces a user's file should be as readable as a new file is.
-fn allow_reading(path: &Path) -> Result<()> {
+pub(super) fn allow_reading(path: &Path) -> Result<()> {
+    set_mode(path, 0o644)
+}
+
+/// As [`allow_reading`], for a folder.
+fn allow_entering(path: &Path) -> Result<()> {
+    set_mode(path, 0o755)
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io(path))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(Error::io(path))?;
     }
     #[cfg(not(unix))]
-    let _ = path;
+    let _ = (path, mode);
     Ok(())
 }
 

@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod dataset;
 pub mod events;
 pub mod files;
+pub mod fuse;
 pub mod lora;
 pub mod memory;
 pub mod options;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::adapter::AdapterFile;
+use super::adapter::{AdapterFile, Module};
 use super::lora::{LoRAConfig, kaiming_uniform};
 use super::options::TrainerOptions;
 use super::params::Params;
@@ -101,21 +101,22 @@ pub(super) fn full(decoder: &mut Decoder, device: &Device) -> Result<Params> {
 pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &AdapterFile) -> Result<()> {
     let mut wrong = Vec::new();
     let scaling = lora_config(options).scaling();
-    if (file.scaling() - scaling).abs() > 1e-6 * scaling {
-        wrong.push(format!("the scaling is {} in the file and {scaling} in this run", file.scaling()));
-    }
-    let mut left: BTreeMap<&String, &(Tensor, Tensor)> = file.tensors.iter().collect();
+    file.check_plain("a run starts from")?;
+    let mut left: BTreeMap<&String, &Module> = file.modules.iter().collect();
     for (name, Parameter { value, .. }) in params.named()? {
         let Some((path, is_a)) = name.strip_suffix(A).map(|p| (p, true)).or(name.strip_suffix(B).map(|p| (p, false)))
         else {
             return Err(Error::setting("resume_adapter_file", "starting from an adapter needs fine_tune_type lora"));
         };
-        let Some((a, b)) = file.tensors.get(path) else {
+        let Some(module) = file.modules.get(path) else {
             wrong.push(format!("{path} is not in the file"));
             continue;
         };
         left.remove(&path.to_string());
-        let source = if is_a { a } else { b };
+        if is_a && (module.scaling - scaling).abs() > 1e-6 * scaling {
+            wrong.push(format!("the scaling of {path} is {} in the file and {scaling} in this run", module.scaling));
+        }
+        let source = if is_a { &module.a } else { &module.b };
         if source.shape() != value.shape() {
             wrong.push(format!("{name} is {:?} in the file and {:?} in this run", source.dims(), value.dims()));
             continue;
@@ -127,14 +128,16 @@ pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &Adapt
 }
 
 /// The adapters as they are now, to be saved.
-pub(super) fn adapter_file(params: &Params, options: &TrainerOptions, base: &str) -> Result<AdapterFile> {
-    let mut tensors = BTreeMap::new();
+pub(super) fn adapter_file(params: &Params, options: &TrainerOptions, model: &ModelFiles) -> Result<AdapterFile> {
+    let scaling = lora_config(options).scaling();
+    let mut modules = BTreeMap::new();
     for pair in params.named()?.chunks_exact(2) {
         let [(name, a), (_, b)] = pair else { unreachable!("chunks of two") };
         let path = name.strip_suffix(A).unwrap_or(name).to_string();
-        tensors.insert(path, (a.value.force_contiguous()?, b.value.force_contiguous()?));
+        let (a, b) = (a.value.force_contiguous()?, b.value.force_contiguous()?);
+        modules.insert(path, Module { a, b, scaling, magnitude: None });
     }
-    AdapterFile::new(lora_config(options), base, tensors)
+    Ok(AdapterFile::new(&model.name, model.config.num_layers, options.dropout, modules))
 }
 
 /// Writes a fully fine-tuned model: weights in the base's own dtype, with its configuration and tokenizer.

@@ -316,7 +316,7 @@ impl<'a> Trainer<'a> {
         let step = self.state.step;
         let path = checkpoint::folder(&self.adapter_path, step);
         let adapter = match self.options.fine_tune_type {
-            FineTuneType::Lora => Some(setup::adapter_file(&self.params, &self.options, &self.model.name)?),
+            FineTuneType::Lora => Some(setup::adapter_file(&self.params, &self.options, self.model)?),
             FineTuneType::Full => None,
         };
         files::replace_folder(&path, |folder| {
