@@ -6,12 +6,16 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
+use metal_candle::backend::custom_ops::dequantize;
+use metal_candle::backend::quantized::Quantize;
 use metal_candle::inference::KvCache;
 use metal_candle::models::decoder::{Batch, Decoder};
-use metal_candle::models::{Message, ModelConfig, ModelFiles, RopeScaling, weights};
+use metal_candle::models::linear::BaseWeight;
+use metal_candle::models::{Holding, Message, ModelConfig, ModelFiles, RopeScaling, weights};
 use serde_json::Value;
 
 fn fixtures() -> PathBuf {
@@ -30,7 +34,7 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-fn logits(config: &ModelConfig, weights: std::collections::HashMap<String, Tensor>, tokens: &[u32]) -> Vec<f64> {
+fn logits<W: Into<BaseWeight>>(config: &ModelConfig, weights: HashMap<String, W>, tokens: &[u32]) -> Vec<f64> {
     let decoder = Decoder::new(config, weights, &Device::Cpu).unwrap();
     let batch = Batch { tokens: tokens.to_vec(), targets: vec![0; tokens.len()], lengths: vec![tokens.len()] };
     common::f64s(&decoder.logits(&batch).unwrap())
@@ -52,7 +56,11 @@ fn a_model_in_gguf_computes_as_its_folder_does() {
         assert_eq!(model.config.sliding_window, config.sliding_window, "{family}");
         assert_eq!(model.config.rms_norm_eps, config.rms_norm_eps, "{family}");
         let tokens: Vec<u32> = (3..40).map(|i| i * 37 % 101).collect();
-        let want = logits(&config, weights::load(&folder, &config, DType::F32, &Device::Cpu).unwrap(), &tokens);
+        let want = logits(
+            &config,
+            weights::load(&folder, &config, &Holding::dense(DType::F32), &Device::Cpu).unwrap(),
+            &tokens,
+        );
         let got = logits(&model.config, model.weights(DType::F32, &Device::Cpu).unwrap(), &tokens);
         let error = common::relative_error(&got, &want);
         // The divisors of rotary frequencies are stored in f32.
@@ -79,6 +87,26 @@ fn stored_values_are_dequantized_as_the_gguf_package_does_it() {
             );
         }
     }
+}
+
+/// Blocks as they lie in the file; the kinds that are not computed with come dense.
+#[test]
+fn blocks_that_stay_as_they_are_hold_the_same_values() {
+    let model = open(&fixtures().join("gguf/quants.gguf"));
+    let want = candle_core::safetensors::load(fixtures().join("gguf/quants.safetensors"), &Device::Cpu).unwrap();
+    let holding = model.holding(Quantize::Auto, DType::F32, &Device::Cpu).unwrap();
+    let mut kept = std::collections::BTreeSet::new();
+    for (name, weight) in model.base(&holding, &Device::Cpu).unwrap() {
+        let values = match weight {
+            BaseWeight::Dense(parameter) => parameter.value,
+            BaseWeight::Quantized(blocks) => {
+                kept.insert(blocks.kind().name());
+                dequantize(&blocks, DType::F32).unwrap()
+            }
+        };
+        common::assert_within(&name, &values, &common::f64s(&want[&name]), 1e-6);
+    }
+    assert_eq!(kept.into_iter().collect::<Vec<_>>(), ["q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]);
 }
 
 #[test]

@@ -45,7 +45,7 @@ fn logits_are_those_of_the_libraries() {
         ("mlx4", Kind::Affine4, 16),
         ("mlx8", Kind::Affine8, 16),
     ] {
-        let kinds = weights::kinds(&folder(name)).unwrap();
+        let kinds = weights::kinds(&folder(name), &config(name)).unwrap();
         assert!(kinds.len() == count && kinds.values().all(|held| *held == kind), "{name}: {kinds:?}");
         let as_it_is = decoder(name, &Holding { dtype: DType::F32, kinds });
         assert_eq!(as_it_is.quantized().len(), count);

@@ -138,7 +138,7 @@ impl ModelFiles {
         let mut holding = Holding::linears(&self.config, quantize, dtype);
         if quantize == Quantize::Auto {
             holding.kinds = match &self.source {
-                Source::Folder(folder) => weights::kinds(folder)?,
+                Source::Folder(folder) => weights::kinds(folder, &self.config)?,
                 Source::Gguf(file) => gguf::kinds(file, &self.config)?,
             };
             holding.kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
@@ -179,7 +179,7 @@ impl ModelFiles {
     /// Whether [`ModelFiles::save_with_weights`] can write this model.
     pub fn check_can_save(&self) -> Result<()> {
         match &self.source {
-            Source::Folder(folder) if weights::kinds(folder)?.is_empty() => Ok(()),
+            Source::Folder(folder) if weights::kinds(folder, &self.config)?.is_empty() => Ok(()),
             Source::Folder(folder) => Err(Error::file(folder, NOT_SAVED)),
             Source::Gguf(file) => Err(Error::file(file, NOT_SAVED)),
         }

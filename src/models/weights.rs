@@ -59,9 +59,9 @@ pub fn load(
     device: &Device,
 ) -> Result<HashMap<String, BaseWeight>> {
     let mapped = map(&files(folder)?)?;
-    let mut found = shapes(&mapped);
-    let packed = packed::find(folder, &mapped, &mut found)?;
+    let mut found = shapes_of(&mapped);
     let shapes: HashMap<String, Vec<usize>> = config.weight_shapes().into_iter().collect();
+    let packed = packed::find(folder, &mapped, &shapes, &mut found)?;
     let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
         if let Some(&kind) = packed.get(&name) {
             let weight = packed::read(folder, &mapped, &name, kind, &shapes[&name])?;
@@ -94,12 +94,13 @@ pub(super) fn held(weight: QuantizedTensor, kind: Option<Kind>, dtype: DType, de
 ///
 /// # Errors
 /// One error lists every weight of a form that is not read.
-pub fn kinds(folder: &Path) -> Result<HashMap<String, Kind>> {
+pub fn kinds(folder: &Path, config: &ModelConfig) -> Result<HashMap<String, Kind>> {
     let mapped = map(&files(folder)?)?;
-    packed::find(folder, &mapped, &mut shapes(&mapped))
+    let shapes = config.weight_shapes().into_iter().collect();
+    packed::find(folder, &mapped, &shapes, &mut shapes_of(&mapped))
 }
 
-fn shapes(mapped: &MmapedSafetensors) -> HashMap<String, Vec<usize>> {
+fn shapes_of(mapped: &MmapedSafetensors) -> HashMap<String, Vec<usize>> {
     mapped.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect()
 }
 

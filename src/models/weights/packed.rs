@@ -36,13 +36,14 @@ struct State {
     nested_offset: f32,
 }
 
-/// The kinds of packed weights by name. In `found`, names with shapes, they get the shape that they stand for and what lies beside them goes.
+/// The kinds of packed weights by name, of a model with `wanted` shapes, which MLX's form leaves open. In `found`, names with shapes, they get the shape that they stand for and what lies beside them goes.
 ///
 /// # Errors
 /// One error lists every packed weight of a form that is not read.
 pub fn find(
     path: &Path,
     mapped: &MmapedSafetensors,
+    wanted: &HashMap<String, Vec<usize>>,
     found: &mut HashMap<String, Vec<usize>>,
 ) -> Result<HashMap<String, Kind>> {
     let mut kinds = HashMap::new();
@@ -55,7 +56,8 @@ pub fn find(
                 (weight.to_string(), kind, shape)
             })
         } else if let Some(stem) = name.strip_suffix(".scales") {
-            groups(mapped, stem, shape).map(|(kind, shape)| {
+            let wanted = wanted.get(&format!("{stem}.weight")).and_then(|shape| shape.last().copied());
+            groups(mapped, stem, shape, wanted).map(|(kind, shape)| {
                 found.remove(&format!("{stem}.biases"));
                 (format!("{stem}.weight"), kind, shape)
             })
@@ -113,7 +115,12 @@ fn nf4(mapped: &MmapedSafetensors, weight: &str, name: &str) -> std::result::Res
     }
 }
 
-fn groups(mapped: &MmapedSafetensors, stem: &str, scales: &[usize]) -> std::result::Result<(Kind, Vec<usize>), String> {
+fn groups(
+    mapped: &MmapedSafetensors,
+    stem: &str,
+    scales: &[usize],
+    k: Option<usize>,
+) -> std::result::Result<(Kind, Vec<usize>), String> {
     let weight = view(mapped, &format!("{stem}.weight"))?;
     let dtype = view(mapped, &format!("{stem}.scales"))?.dtype();
     let ([n, words], [rows, count]) = (weight.shape(), scales) else {
@@ -126,17 +133,18 @@ fn groups(mapped: &MmapedSafetensors, stem: &str, scales: &[usize]) -> std::resu
             weight.shape()
         ));
     }
-    // The shapes alone leave bits and group size open; those that MLX has are tried.
-    let fits = |bits: usize| [32, 64, 128].into_iter().any(|group| words * 32 == count * group * bits);
-    let kind = match (fits(4), fits(8)) {
-        (true, false) if dtype == Dtype::F16 => Kind::Q4_1,
-        (true, false) => Kind::Affine4,
-        (false, true) => Kind::Affine8,
-        (true, true) => return Err(format!("{stem}.weight fits both 4 bits and 8")),
-        _ => return Err(format!("{stem}.weight is of neither 4 nor 8 bits in groups of 32, 64 or 128")),
+    let Some(k) = k else { return Err(format!("{stem}.weight is not of this model")) };
+    let bits = words * 32 / k.max(1);
+    let kind = match bits {
+        4 if dtype == Dtype::F16 => Kind::Q4_1,
+        4 => Kind::Affine4,
+        8 => Kind::Affine8,
+        _ => return Err(format!("{stem}.weight is of {bits} bits; 4 and 8 are read")),
     };
-    let bits = if kind == Kind::Affine8 { 8 } else { 4 };
-    Ok((kind, vec![*n, words * 32 / bits]))
+    if words * 32 != k * bits || !k.is_multiple_of(*count) || !(k / count).is_multiple_of(GROUP) {
+        return Err(format!("{stem}.weight has groups of {}; multiples of 32 are read", k / count));
+    }
+    Ok((kind, vec![*n, k]))
 }
 
 /// bitsandbytes' blocks in this crate's layout.
