@@ -4,7 +4,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::{FLOATS, assert_close, assert_within, f64s, offset, relative_error, strided, tolerance, transposed};
+use common::{
+    FLOATS, assert_close, assert_within, f64s, offset, relative_error, strided, test_device, tolerance, transposed,
+};
 use metal_candle::backend::custom_ops::adamw::{self, AdamW};
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;

@@ -141,6 +141,9 @@ fn from_mlx(path: &Path, mut read: Map<String, Value>) -> Result<Map<String, Val
     let mut flat = Map::new();
     flat.insert("rank".into(), json!(rank));
     flat.insert("alpha".into(), json!(scale * rank as f64));
+    if read.get("use_rslora").is_some_and(|value| *value != json!(false)) {
+        return Err(Error::file(path, "lora_parameters.scale is the scaling itself, and use_rslora would change it"));
+    }
     if let Some(dropout) = lora.remove("dropout") {
         flat.insert("dropout".into(), dropout);
     }

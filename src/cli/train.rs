@@ -80,10 +80,18 @@ struct Flags {
     #[arg(long, value_name = "R", help_heading = "Adapter")]
     #[serde(skip_serializing_if = "Option::is_none")]
     rank: Option<usize>,
-    /// The adapters are scaled by alpha / rank [default: 16]
+    /// The adapters are scaled by alpha / rank, or with --use-rslora by alpha / √rank [default: 16]
     #[arg(long, help_heading = "Adapter")]
     #[serde(skip_serializing_if = "Option::is_none")]
     alpha: Option<f64>,
+    /// Scale by alpha / √rank, which keeps the step's size at high ranks
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", help_heading = "Adapter")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    use_rslora: Option<bool>,
+    /// How A is drawn [default: default]
+    #[arg(long, value_name = "KIND", help_heading = "Adapter")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_lora_weights: Option<Initial>,
     /// Dropout on the adapters' input [default: 0]
     #[arg(long, value_name = "P", help_heading = "Adapter")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -187,6 +195,15 @@ enum FineTune {
     Lora,
     /// Every weight
     Full,
+}
+
+#[derive(Clone, Copy, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Initial {
+    /// Uniform within ±1/√k
+    Default,
+    /// Normal with deviation 1/r
+    Gaussian,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]

@@ -296,14 +296,33 @@ impl LoRALinear {
     }
 }
 
+/// Normal values of a deviation, by Box and Muller from pairs of Philox's words.
+pub(crate) fn normal(count: usize, deviation: f64, seed: u64) -> Vec<f32> {
+    let unit = |word: u32| (f64::from(word) + 0.5) / 4_294_967_296.0;
+    let pair = |words: [u32; 2]| {
+        let (radius, angle) = ((-2.0 * unit(words[0]).ln()).sqrt(), 2.0 * std::f64::consts::PI * unit(words[1]));
+        [radius * angle.cos(), radius * angle.sin()]
+    };
+    let values = initial_words(count, seed).flat_map(|[a, b, c, d]| [pair([a, b]), pair([c, d])]).flatten();
+    values.take(count).map(|value| (deviation * value) as f32).collect()
+}
+
+/// Words for the initial values of an adapter, four at a time.
+fn initial_words(count: usize, seed: u64) -> impl Iterator<Item = [u32; 4]> {
+    let key = [seed as u32, (seed >> 32) as u32];
+    // A third counter word that no dropout mask uses keeps the two kinds of draws apart.
+    (0..count.div_ceil(4) as u64)
+        .map(move |block| philox([block as u32, (block >> 32) as u32, u32::MAX, u32::MAX], key))
+}
+
 /// `[k, r]` values uniform within ±1/√k: Kaiming's bound √(6 / ((1 + a²) k)) with a = √5, as PyTorch's linear layers and PEFT's A.
 pub(crate) fn kaiming_uniform(k: usize, r: usize, seed: u64) -> Vec<f32> {
     let bound = 1.0 / (k as f64).sqrt();
-    let key = [seed as u32, (seed >> 32) as u32];
-    // A third counter word that no dropout mask uses keeps the two kinds of draws apart.
-    let blocks = (0..(k * r).div_ceil(4) as u64)
-        .flat_map(|block| philox([block as u32, (block >> 32) as u32, u32::MAX, u32::MAX], key));
-    blocks.take(k * r).map(|word| ((word as f64 + 0.5) / 2_147_483_648.0 - 1.0) as f32 * bound as f32).collect()
+    initial_words(k * r, seed)
+        .flatten()
+        .take(k * r)
+        .map(|word| ((word as f64 + 0.5) / 2_147_483_648.0 - 1.0) as f32 * bound as f32)
+        .collect()
 }
 
 #[cfg(test)]
@@ -334,6 +353,11 @@ mod tests {
         let mean = a.iter().sum::<f32>() / a.len() as f32;
         let variance = a.iter().map(|value| value * value).sum::<f32>() / a.len() as f32;
         assert!(mean.abs() < 3e-3 && (variance / (0.05 * 0.05 / 3.0) - 1.0).abs() < 0.1, "{mean} {variance}");
+        let drawn = normal(20_001, 0.25, 7);
+        let moment = |power: i32| drawn.iter().map(|value| f64::from(*value).powi(power)).sum::<f64>() / 20_001.0;
+        // Within four standard errors of a normal's: 0, 1/16 and, of the fourth power, 3/256.
+        assert!(moment(1).abs() < 0.0071 && (moment(2) * 16.0 - 1.0).abs() < 0.04, "{} {}", moment(1), moment(2));
+        assert!((moment(4) * 256.0 / 3.0 - 1.0).abs() < 0.1, "{}", moment(4));
         let x = Tensor::ones((3, 400), DType::F32, &Device::Cpu).unwrap();
         assert_eq!(layer.forward(&x).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
         let other = LoRALayer::new(400, 31, &config, 8, &Device::Cpu).unwrap();

@@ -21,6 +21,17 @@ pub enum FineTuneType {
     Full,
 }
 
+/// How A of a new adapter is drawn, by PEFT's names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InitialA {
+    /// Uniform within ±1/√k (Kaiming with a = √5).
+    #[default]
+    Default,
+    /// Normal with deviation 1/r.
+    Gaussian,
+}
+
 /// Of which blocks only the input is kept for backward, which then computes them again: less memory for more work, the same
 /// gradients to the bit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,8 +74,12 @@ pub struct TrainerOptions {
     pub quantize: Quantize,
     /// r of the adapters.
     pub rank: usize,
-    /// The adapters' scaling is alpha / rank.
+    /// The adapters' scaling is alpha / rank, or with `use_rslora` alpha / √rank.
     pub alpha: f64,
+    /// The scaling of rank-stabilized LoRA (Kalajdzievski, 2023).
+    pub use_rslora: bool,
+    /// How A is drawn; B is zero.
+    pub init_lora_weights: InitialA,
     /// The probability to drop an element of an adapter's input, in training.
     pub dropout: f32,
     /// The linears that get adapters: names such as `q_proj` or whole paths; `all-linear` stands for all of a block's.
@@ -117,6 +132,8 @@ impl Default for TrainerOptions {
             quantize: Quantize::Auto,
             rank: 8,
             alpha: 16.0,
+            use_rslora: false,
+            init_lora_weights: InitialA::Default,
             dropout: 0.0,
             target_modules: vec!["all-linear".to_string()],
             num_layers: -1,
@@ -187,6 +204,12 @@ impl TrainerOptions {
         refuse(full && half, "dtype is a 16-bit one; all weights are trained in f32".to_string());
         refuse(self.target_modules.is_empty(), "target_modules is empty; name at least one linear".to_string());
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }
+    }
+
+    /// s of the adapters.
+    pub fn scaling(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
 
     /// What a model's weights are held in on a device. Full fine-tuning has them in f32, whatever the file has.

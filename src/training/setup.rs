@@ -6,8 +6,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::adapter::{AdapterFile, Module};
-use super::lora::{LoRAConfig, kaiming_uniform};
-use super::options::TrainerOptions;
+use super::lora::{kaiming_uniform, normal};
+use super::options::{InitialA, TrainerOptions};
 use super::params::Params;
 use crate::models::block::LINEAR_NAMES;
 use crate::models::decoder::Decoder;
@@ -51,13 +51,12 @@ pub fn targets(config: &ModelConfig, options: &TrainerOptions) -> Result<Vec<Str
 /// Attaches new adapters (A drawn from the seed, B zero) and returns the buffers that train them.
 pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Device) -> Result<Params> {
     let targets = targets(&decoder.config, options)?;
-    let config = lora_config(options);
     let mut initial = Vec::with_capacity(2 * targets.len());
     for (path, linear) in decoder.linears() {
         let Some(number) = targets.iter().position(|target| *target == path) else { continue };
         let (k, n) = linear.sizes();
-        initial.push((format!("{path}{A}"), initial_a(k, config.rank, options.seed, number as u64)?));
-        initial.push((format!("{path}{B}"), Tensor::zeros((config.rank, n), DType::F32, &Device::Cpu)?));
+        initial.push((format!("{path}{A}"), initial_a(k, options, number as u64)?));
+        initial.push((format!("{path}{B}"), Tensor::zeros((options.rank, n), DType::F32, &Device::Cpu)?));
     }
     let params = Params::new(&initial, device)?;
     let named = params.named()?;
@@ -66,7 +65,7 @@ pub(super) fn lora(decoder: &mut Decoder, options: &TrainerOptions, device: &Dev
         let adapter = Adapter {
             a: a.clone(),
             b: b.clone(),
-            scaling: config.scaling(),
+            scaling: options.scaling(),
             dropout: options.dropout,
             number: number as u32,
         };
@@ -100,7 +99,7 @@ pub(super) fn full(decoder: &mut Decoder, device: &Device) -> Result<Params> {
 /// Copies the values of an adapter from a file into the trained ones. Both must have the same modules, rank and scaling.
 pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &AdapterFile) -> Result<()> {
     let mut wrong = Vec::new();
-    let scaling = lora_config(options).scaling();
+    let scaling = options.scaling();
     file.check_plain("a run starts from")?;
     let mut left: BTreeMap<&String, &Module> = file.modules.iter().collect();
     for (name, Parameter { value, .. }) in params.named()? {
@@ -129,7 +128,7 @@ pub(super) fn start_from(params: &Params, options: &TrainerOptions, file: &Adapt
 
 /// The adapters as they are now, to be saved.
 pub(super) fn adapter_file(params: &Params, options: &TrainerOptions, model: &ModelFiles) -> Result<AdapterFile> {
-    let scaling = lora_config(options).scaling();
+    let scaling = options.scaling();
     let mut modules = BTreeMap::new();
     for pair in params.named()?.chunks_exact(2) {
         let [(name, a), (_, b)] = pair else { unreachable!("chunks of two") };
@@ -147,16 +146,11 @@ pub(super) fn save_model(params: &Params, model: &ModelFiles, folder: &Path) -> 
 }
 
 /// Each adapter draws from a seed of its own, spread by the golden ratio's bits.
-fn initial_a(k: usize, rank: usize, seed: u64, number: u64) -> Result<Tensor> {
-    let seed = seed.wrapping_add((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    Ok(Tensor::from_vec(kaiming_uniform(k, rank, seed), (k, rank), &Device::Cpu)?)
-}
-
-fn lora_config(options: &TrainerOptions) -> LoRAConfig {
-    LoRAConfig {
-        rank: options.rank,
-        alpha: options.alpha,
-        dropout: options.dropout,
-        target_modules: options.target_modules.clone(),
-    }
+fn initial_a(k: usize, options: &TrainerOptions, number: u64) -> Result<Tensor> {
+    let (rank, seed) = (options.rank, options.seed.wrapping_add((number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let values = match options.init_lora_weights {
+        InitialA::Default => kaiming_uniform(k, rank, seed),
+        InitialA::Gaussian => normal(k * rank, 1.0 / rank as f64, seed),
+    };
+    Ok(Tensor::from_vec(values, (k, rank), &Device::Cpu)?)
 }
