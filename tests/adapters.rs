@@ -6,11 +6,13 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use metal_candle::models::ModelFiles;
+use metal_candle::models::{ModelConfig, ModelFiles};
 use metal_candle::models::decoder::{Batch, Decoder};
 use metal_candle::training::adapter::{AdapterFile, Form, Module};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 const Q: &str = "self_attn.q_proj";
@@ -433,6 +435,51 @@ fn mlx_faults_are_named_at_once() {
     );
     let file = mlx(&[1], mlx_config(2, json!([Q, UP]))).unwrap();
     refused(file.attach(&mut decoder, &Device::Cpu), &["model.layers.0.mlp.up_proj is a target", "layers.0.self_attn"]);
+    refused(mlx(&[], mlx_config(1, Value::Null)), &["no adapter's tensors"]);
     let file = mlx(&[1], mlx_config(1, Value::Null)).unwrap();
     refused(file.attach(&mut decoder, &Device::Cpu), &["model.layers.1.self_attn.v_proj is a target"]);
+}
+
+/// Both files of both forms, with all that they can hold.
+fn both_forms() -> [(&'static str, tempfile::TempDir); 2] {
+    let peft = Peft::new().dora().with(json!({"rank_pattern": {"q_proj": 3}, "layers_to_transform": [0, 1]}));
+    let file = peft.load().unwrap();
+    [("adapter_model.safetensors", Form::Peft), ("adapters.safetensors", Form::Mlx)].map(|(name, form)| {
+        let folder = tempfile::tempdir().unwrap();
+        file.save_as(form, folder.path()).unwrap();
+        (name, folder)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Damaged files are refused or read, and what is read can be held against a model; nothing panics.
+    #[test]
+    fn damaged_files_do_not_panic(
+        form in 0..2usize,
+        config in any::<bool>(),
+        damage in proptest::collection::vec((0..2_000usize, prop_oneof![
+            proptest::collection::vec(any::<u8>(), 1..6),
+            Just(b"null".to_vec()), Just(b"[]".to_vec()), Just(b"-1".to_vec()), Just(b"1e999".to_vec()), Just(b"99999999".to_vec()),
+        ]), 1..4),
+    ) {
+        let (tensors, folder) = &both_forms()[form];
+        let path = folder.path().join(if config { "adapter_config.json" } else { tensors });
+        let mut bytes = fs::read(&path).unwrap();
+        for (at, new) in damage {
+            let at = at % bytes.len();
+            let end = (at + new.len()).min(bytes.len());
+            bytes.splice(at..end, new);
+        }
+        fs::write(&path, bytes).unwrap();
+        if let Ok(file) = AdapterFile::load(folder.path()) {
+            static MODEL: OnceLock<ModelConfig> = OnceLock::new();
+            let _ = file.check_fits(MODEL.get_or_init(|| tiny().0.config));
+            for form in [Form::Peft, Form::Mlx] {
+                let out = tempfile::tempdir().unwrap();
+                let _ = file.save_as(form, out.path());
+            }
+        }
+    }
 }

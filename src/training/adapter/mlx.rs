@@ -135,6 +135,9 @@ impl Config {
 
     /// The keys that no module of the file has.
     fn unmatched<T>(&self, found: &BTreeMap<String, T>) -> Vec<String> {
+        if found.is_empty() {
+            return vec!["it has no adapter's tensors".to_string()];
+        }
         let Targets::Mlx { keys: Some(keys), .. } = &self.targets else { return Vec::new() };
         let has =
             |key: &String| found.keys().any(|path| path == key || in_block(path).is_some_and(|(_, name)| name == key));
