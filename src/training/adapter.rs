@@ -140,8 +140,17 @@ impl AdapterFile {
     /// Puts the adapter on a model, in place of any that it has.
     ///
     /// # Errors
-    /// One error lists every module that the model lacks or has with other sizes; nothing is attached then.
+    /// As [`AdapterFile::fitted`]; nothing is attached then.
     pub fn attach(&self, decoder: &mut Decoder, device: &Device) -> Result<()> {
+        let adapters = self.fitted(decoder, device)?;
+        decoder.set_adapters(&adapters)
+    }
+
+    /// The adapters of a model's linears, in the order of [`Decoder::linears`].
+    ///
+    /// # Errors
+    /// One error lists every module that the model lacks or has with other sizes.
+    pub fn fitted(&self, decoder: &Decoder, device: &Device) -> Result<Vec<Option<Adapter>>> {
         let sizes: BTreeMap<String, (usize, usize)> =
             decoder.linears().map(|(path, linear)| (path, linear.sizes())).collect();
         let mut problems = Vec::new();
@@ -165,20 +174,17 @@ impl AdapterFile {
                 format!("it does not fit (it was made for {base}): {}", problems.join("; ")),
             ));
         }
-        for path in sizes.keys() {
-            decoder.attach(path, None)?;
-        }
-        for (number, (module, (a, b))) in self.tensors.iter().enumerate() {
-            let adapter = Adapter {
+        let adapters = decoder.linears().enumerate().map(|(number, (path, _))| {
+            let Some((a, b)) = self.tensors.get(&path) else { return Ok(None) };
+            Ok(Some(Adapter {
                 a: Parameter::frozen(a.to_device(device)?),
                 b: Parameter::frozen(b.to_device(device)?),
                 scaling: self.scaling(),
                 dropout: 0.0,
                 number: number as u32,
-            };
-            decoder.attach(module, Some(adapter))?;
-        }
-        Ok(())
+            }))
+        });
+        adapters.collect()
     }
 
     fn config_json(&self) -> Value {
