@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod adapters;
 mod bench;
 mod chat;
 mod demo;
