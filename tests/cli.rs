@@ -132,6 +132,33 @@ fn a_conversation_goes_on_and_begins_anew() {
 }
 
 #[test]
+fn reports_go_to_event_files_when_asked() {
+    let place = Place::new();
+    let train = format!("{TRAIN} --steps-per-report 2");
+    good(&place.run(&train));
+    assert!(!place.path("adapters/runs").exists());
+    let events = |adapter: &str| -> Vec<Vec<u8>> {
+        let files = fs::read_dir(place.path(adapter).join("runs")).unwrap();
+        files.map(|file| fs::read(file.unwrap().path()).unwrap()).collect()
+    };
+    good(&place.run(&format!("{train} --report-to tensorboard --adapter-path told")));
+    let count = |bytes: &[u8], tag: &str| bytes.windows(tag.len()).filter(|window| *window == tag.as_bytes()).count();
+    let [file] = &events("told")[..] else { panic!("one process writes one file") };
+    let metrics = fs::read_to_string(place.path("told/metrics.jsonl")).unwrap();
+    for (tag, key) in
+        [("train/loss", "\"train_loss\""), ("train/grad_norm", "\"grad_norm\""), ("eval/loss", "\"val_loss\"")]
+    {
+        assert_eq!((count(file, tag), metrics.matches(key).count() > 0), (metrics.matches(key).count(), true), "{tag}");
+    }
+    good(&place.run(&format!("{train} --report-to tensorboard --adapter-path told --resume")));
+    assert_eq!(events("told").len(), 2);
+    fs::create_dir(place.path("full")).unwrap();
+    fs::write(place.path("full/runs"), "").unwrap();
+    refused(&place.run(&format!("{train} --report-to tensorboard --adapter-path full")), 1, &["full/runs"]);
+    refused(&place.run(&format!("{train} --report-to wandb")), 2, &["wandb", "only tensorboard"]);
+}
+
+#[test]
 fn several_adapters_over_one_model() {
     let place = Place::new();
     let train = TRAIN.replace("--learning-rate 0.02", "--learning-rate 0.3");

@@ -14,6 +14,7 @@ mod model;
 mod plan;
 mod plot;
 mod settings;
+mod tensorboard;
 mod train;
 
 use std::process::ExitCode;
