@@ -86,6 +86,7 @@ fn hostile_templates_end() {
     // Deep, and harmless: the stack takes them.
     for source in [
         grown("[ns.x]", 100_000, "{{ ns.x == 1 }}"),
+        grown("[ns.x]", 100_000, "{{ (ns.x ~ 1) | length }}"),
         format!("{{{{ {}1 }}}}", "not ".repeat(50_000)),
         format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000)),
     ] {

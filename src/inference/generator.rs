@@ -94,7 +94,7 @@ impl<'a> Generator<'a> {
         text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let mut stream = self.stream(prompt, options);
-        while let Some(piece) = stream.next() {
+        for piece in stream.by_ref() {
             if text(&piece?).is_break() {
                 break;
             }

@@ -3,8 +3,8 @@
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
 //! the values that it prints are limited, and it is parsed and run on a stack of its own, since the engine follows nesting by
-//! recursion. One hole is known: a value that holds itself many times over (`x = [x, x]`, sixty times) is small, and joining it
-//! to a string (`~`) writes it out in full.
+//! recursion. One hole is known: a list of the same list twice, sixty times over, is small, and turning it into a string (`~`,
+//! `string`, `join`) writes it out in full.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
@@ -44,7 +44,7 @@ pub struct ChatTemplate {
 const NAME: &str = "chat_template";
 
 /// Instructions that one rendering may take: far more than any conversation needs.
-const FUEL: u64 = 10_000_000;
+const FUEL: u64 = 4_000_000;
 
 /// Bytes of a template; those of known models have under 30 thousand.
 const LONGEST: usize = 256 << 10;
@@ -63,7 +63,7 @@ impl ChatTemplate {
             let length = source.len();
             return Err(Error::Text(format!("the model's chat template has {length} bytes; {LONGEST} are read")));
         }
-        on_own_stack(|| Self::parse(source, bos, eos))
+        stacker::grow(STACK, || Self::parse(source, bos, eos))
     }
 
     fn parse(source: &str, bos: &str, eos: &str) -> Result<Self> {
@@ -103,19 +103,10 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        on_own_stack(|| template.render(values).map_err(|error| failed("cannot render this conversation", &error)))
+        stacker::grow(STACK, || {
+            template.render(values).map_err(|error| failed("cannot render this conversation", &error))
+        })
     }
-}
-
-/// Runs `work` on a thread with [`STACK`].
-fn on_own_stack<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name(NAME.to_string()).stack_size(STACK);
-        let thread = thread.spawn_scoped(scope, work);
-        let thread =
-            thread.map_err(|error| Error::Text(format!("the chat template's thread cannot start: {error}")))?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
 }
 
 /// Refuses values that print without end, or too deep.
