@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{DType, Device};
 use metal_candle::models::ModelFiles;
+use metal_candle::models::chat_template::ChatTemplate;
 use proptest::prelude::*;
 
 /// The largest request since the program began.
@@ -211,4 +212,13 @@ fn a_count_is_not_believed() {
     let model = ModelFiles::open(folder.to_str().unwrap()).unwrap();
     let error = model.weights(DType::F32, &Device::Cpu).unwrap_err().to_string();
     assert!(error.contains("268435456 layers"), "{error}");
+}
+
+/// Templates that fuzzing found to panic. Those that would take much memory are in `tests/chat_templates.rs`.
+#[test]
+fn a_broken_template_is_refused() {
+    for source in ["{%}", "{% if true {%}", "{%}%}"] {
+        let error = ChatTemplate::new(source, "", "").unwrap_err().to_string();
+        assert!(error.contains("cannot be parsed"), "{error}");
+    }
 }

@@ -58,3 +58,38 @@ fn digest(text: &str) -> String {
     let step = |value: u64, byte: u8| (value ^ byte as u64).wrapping_mul(0x100_0000_01b3);
     format!("{:016x}", text.bytes().fold(0xcbf2_9ce4_8422_2325, step))
 }
+
+/// Each of these made the program overflow its stack, run on without end or ask for all memory, or would without the fuel.
+#[test]
+fn hostile_templates_end() {
+    let grown = |step: &str, times: usize, end: &str| {
+        format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for i in range({times}) %}}{{% set ns.x = {step} %}}{{% endfor %}}{end}"
+        )
+    };
+    let hostile = [
+        ("{{ tools | tojson(indent=900000000) }}", "indent is 900000000"),
+        (&grown("[ns.x]", 50_000, "{{ ns.x }}"), "100 deep"),
+        (&grown("[ns.x]", 50_000, "{{ ns.x | tojson }}"), "100 deep"),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x }}"), "1000000 parts"),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x | tojson }}"), "1000000 parts"),
+        (&grown("ns.x ~ ns.x", 60, ""), "fuel"),
+        (&"x".repeat(300_000), "300000 bytes"),
+    ];
+    let tools = serde_json::json!([]);
+    let run =
+        |source: &str| ChatTemplate::new(source, "", "").and_then(|template| template.render(&[], Some(&tools), false));
+    for (source, problem) in hostile {
+        let error = run(source).unwrap_err().to_string();
+        assert!(error.contains(problem), "{:.60}: {error}", source);
+    }
+    // Deep, and harmless: the stack takes them.
+    for source in [
+        grown("[ns.x]", 100_000, "{{ ns.x == 1 }}"),
+        grown("[ns.x]", 100_000, "{{ (ns.x ~ 1) | length }}"),
+        format!("{{{{ {}1 }}}}", "not ".repeat(50_000)),
+        format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000)),
+    ] {
+        run(&source).unwrap();
+    }
+}

@@ -132,6 +132,130 @@ fn a_conversation_goes_on_and_begins_anew() {
 }
 
 #[test]
+fn reports_go_to_event_files_when_asked() {
+    let place = Place::new();
+    let train = format!("{TRAIN} --steps-per-report 2");
+    good(&place.run(&train));
+    assert!(!place.path("adapters/runs").exists());
+    let events = |adapter: &str| -> Vec<Vec<u8>> {
+        let files = fs::read_dir(place.path(adapter).join("runs")).unwrap();
+        files.map(|file| fs::read(file.unwrap().path()).unwrap()).collect()
+    };
+    good(&place.run(&format!("{train} --report-to tensorboard --adapter-path told")));
+    let count = |bytes: &[u8], tag: &str| bytes.windows(tag.len()).filter(|window| *window == tag.as_bytes()).count();
+    let [file] = &events("told")[..] else { panic!("one process writes one file") };
+    let metrics = fs::read_to_string(place.path("told/metrics.jsonl")).unwrap();
+    for (tag, key) in
+        [("train/loss", "\"train_loss\""), ("train/grad_norm", "\"grad_norm\""), ("eval/loss", "\"val_loss\"")]
+    {
+        assert_eq!((count(file, tag), metrics.matches(key).count() > 0), (metrics.matches(key).count(), true), "{tag}");
+    }
+    good(&place.run(&format!("{train} --report-to tensorboard --adapter-path told --resume")));
+    assert_eq!(events("told").len(), 2);
+    fs::create_dir(place.path("full")).unwrap();
+    fs::write(place.path("full/runs"), "").unwrap();
+    refused(&place.run(&format!("{train} --report-to tensorboard --adapter-path full")), 1, &["full/runs"]);
+    refused(&place.run(&format!("{train} --report-to wandb")), 2, &["wandb", "only tensorboard"]);
+}
+
+#[test]
+fn several_adapters_over_one_model() {
+    let place = Place::new();
+    let train = TRAIN.replace("--learning-rate 0.02", "--learning-rate 0.3");
+    good(&place.run(&format!("{train} --adapter-path runs/one")));
+    good(&place.run(&format!("{train} --seed 7 --adapter-path runs/two")));
+    let answer = |args: &str| place.run(&format!("generate {args} -p row -m 12"));
+    let bare = good(&answer("--model model"));
+    let one = good(&answer("--adapter-path runs/one"));
+    let two = good(&answer("--adapter-path runs/two"));
+    assert!(bare != one && one != two && bare != two, "{bare} {one} {two}");
+
+    const BOTH: &str = "--adapter-path runs/one --adapter-path b=runs/two";
+    let unpicked = answer(BOTH);
+    assert_eq!(good(&unpicked), one);
+    let told = String::from_utf8_lossy(&unpicked.stderr).into_owned();
+    assert!(told.contains("adapter one is active") && told.contains("one, b"), "{told}");
+    let picked = answer(&format!("{BOTH} --adapter b"));
+    assert_eq!((good(&picked), picked.stderr.len()), (two, 0));
+    assert_eq!(good(&answer(&format!("{BOTH} --adapter none"))), bare);
+    refused(&answer(&format!("{BOTH} --adapter c")), 1, &["'c'", "one, b"]);
+    refused(&answer("--adapter-path runs/one --adapter-path one=runs/two"), 1, &["'one'", "taken"]);
+    refused(&answer("--adapter-path none=runs/one"), 2, &["none=runs/one", "none stands for no adapter"]);
+    refused(&answer("--model model --adapter one"), 1, &["'one'", "there are none"]);
+    refused(&answer("--adapter-path b=runs/three"), 1, &["runs/three"]);
+
+    // The same turn under each adapter in turn; the conversation before it is the same each time.
+    let script =
+        "/adapters\n/adapter b\nrow\n/clear\n/adapter none\nrow\n/clear\n/adapter one\nrow\n/adapters\n/adapter x\n";
+    let chat = place.run_with(&format!("chat {BOTH} -m 12"), script);
+    let said = good(&chat);
+    let lone = |name: &str| {
+        let alone = good(&place.run_with(&format!("chat {BOTH} --adapter {name} -m 12"), "row\n"));
+        alone.strip_suffix('\n').unwrap().to_string()
+    };
+    let expected = ["* one\n  b\n  none", &lone("b"), &lone("none"), &lone("one"), "* one\n  b\n  none\n"].join("\n");
+    assert_eq!(said, expected);
+    assert!(lone("b") != lone("one") && lone("b") != lone("none"));
+    let told = String::from_utf8_lossy(&chat.stderr).into_owned();
+    for words in ["adapter b is active", "adapter none is active", "/adapter x: is not there; there are one, b, none"] {
+        assert!(told.contains(words), "'{words}' is missing: {told}");
+    }
+}
+
+#[test]
+fn a_conversation_is_shown_saved_and_loaded() {
+    let place = Place::new();
+    let script = "row 1\n/history\n/save talk.jsonl\nrow 2\n/save talk.jsonl\n";
+    let said = good(&place.run_with("chat --model model -m 6 --system-prompt brief", script));
+    assert!(said.contains("system: brief\nuser: row 1\nassistant: "), "{said}");
+    let text = fs::read_to_string(place.path("talk.jsonl")).unwrap();
+    let row: Value = serde_json::from_str(&text).unwrap();
+    let turns: Vec<(&str, &str)> = row["messages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|turn| (turn["role"].as_str().unwrap(), turn["content"].as_str().unwrap()))
+        .collect();
+    assert_eq!(
+        (turns.len(), turns[0], turns[1], turns[3]),
+        (5, ("system", "brief"), ("user", "row 1"), ("user", "row 2"))
+    );
+    assert_eq!(text.lines().count(), 1);
+
+    // Going on from the file is going on from the conversation.
+    let whole = place.run_with("chat --model model -m 6 --system-prompt brief", "row 1\nrow 2\nrow 3\n/history\n");
+    let loaded = place.run_with("chat --model model -m 6", "/load talk.jsonl\nrow 3\n/history\n");
+    let history = |output: &Output| good(output).split_once("system: brief\n").unwrap().1.to_string();
+    assert_eq!(history(&loaded), history(&whole));
+    // What is saved can be trained on.
+    good(&place.run("train --model model --data talk.jsonl --iters 1"));
+
+    fs::write(place.path("pair.jsonl"), "{\"prompt\": \"a\", \"completion\": \"b\"}\n").unwrap();
+    fs::write(place.path("two.jsonl"), text.repeat(2)).unwrap();
+    fs::write(place.path("more.jsonl"), text.replace("{\"messages", "{\"id\":1,\"messages")).unwrap();
+    let script = "/save new.jsonl\n/load pair.jsonl\n/load two.jsonl\n/load more.jsonl\n/load nothing.jsonl\n/load\n/what 1\n\
+                  /clear x\nrow\n/save two.jsonl\n/history\n";
+    let output = place.run_with("chat --model model -m 2", script);
+    let said = good(&output);
+    assert_eq!(said.matches("user: row").count(), 1, "{said}");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    for words in [
+        "new.jsonl: is not written",
+        "pair.jsonl: is not a conversation",
+        "two.jsonl: has 2 rows",
+        "more.jsonl: has keys that would be lost: id",
+        "nothing.jsonl: ",
+        "/load: takes a file",
+        "/what: is not known; there are /clear, /history, /save FILE",
+        "/clear: takes nothing, not 'x'",
+        "two.jsonl: is there already",
+    ] {
+        assert!(told.contains(words), "'{words}' is missing: {told}");
+    }
+    assert_eq!(fs::read_to_string(place.path("two.jsonl")).unwrap(), text.repeat(2));
+}
+
+#[test]
 fn a_config_file_is_read_and_its_unknown_keys_named() {
     let place = Place::new();
     let config = "model: model\ndata: data\nrank: 2\niters: 4\nbatch_size: 2\nmask_prompt: true\n";

@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use common::{
     FLOATS, assert_close, assert_within, f64s, offset, relative_error, strided, test_device, tolerance, transposed,
 };

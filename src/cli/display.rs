@@ -11,11 +11,13 @@ use metal_candle::{Error, Result};
 
 use super::metrics::Metrics;
 use super::plot;
+use super::tensorboard::TensorBoard;
 
 /// The reports of one run.
 pub struct Display {
     folder: PathBuf,
     metrics: Metrics,
+    board: Option<TensorBoard>,
     bar: Option<ProgressBar>,
     validation: Option<Validation>,
     report: Option<Report>,
@@ -34,7 +36,20 @@ impl Display {
             bar
         });
         let metrics = Metrics::new(&folder.join("metrics.jsonl"));
-        Ok(Self { folder: folder.to_path_buf(), metrics, bar, validation: None, report: None, failed: None })
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            metrics,
+            board: None,
+            bar,
+            validation: None,
+            report: None,
+            failed: None,
+        })
+    }
+
+    /// Writes what is reported from now on into event files too.
+    pub fn report_to(&mut self, board: TensorBoard) {
+        self.board = Some(board);
     }
 
     /// What a dataset holds, and what of it the user should know.
@@ -105,6 +120,7 @@ impl Display {
         }
         let started = self.metrics.start(step);
         self.keep(started);
+        self.tell_board(|board| board.start(step));
     }
 
     fn tick(&mut self, step: usize, loss: f64) {
@@ -134,6 +150,7 @@ impl Display {
         }
         let written = self.metrics.report(report);
         self.keep(written);
+        self.tell_board(|board| board.report(report));
         self.report = Some(report.clone());
     }
 
@@ -142,6 +159,7 @@ impl Display {
         self.line(&format!("step {step}: validation loss {loss:.4}, perplexity {perplexity:.3} ({tokens} tokens)"));
         let written = self.metrics.validation(now);
         self.keep(written);
+        self.tell_board(|board| board.validation(now));
         self.validation = Some(*now);
     }
 
@@ -155,6 +173,13 @@ impl Display {
         }
     }
 
+    /// After an event that failed, which may be cut off, the file takes no more; the run goes on.
+    fn tell_board(&mut self, tell: impl FnOnce(&mut TensorBoard) -> Result<()>) {
+        let Some(Err(error)) = self.board.as_mut().map(tell) else { return };
+        self.line(&format!("note: {error}; nothing more is written for TensorBoard"));
+        self.board = None;
+    }
+
     fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
@@ -165,4 +190,22 @@ impl Display {
 
 fn memory(bytes: Option<u64>) -> String {
     bytes.map_or("unknown".to_string(), |bytes| format!("{:.2} GB", bytes as f64 / 1e9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_file_that_fails_late_costs_the_run_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut display = Display::new(folder.path()).unwrap();
+        display.metrics.start(0).unwrap();
+        display.report_to(TensorBoard::broken(&folder.path().join("events")));
+        let validation = |step| Validation { step, loss: 1.0, perplexity: 2.7, tokens: 3 };
+        display.show(&Event::Validation(validation(0)));
+        assert!(display.board.is_none() && display.failed.is_none());
+        display.show(&Event::Validation(validation(5)));
+        assert_eq!(std::fs::read_to_string(display.metrics.path()).unwrap().lines().count(), 2);
+    }
 }

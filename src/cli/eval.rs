@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use metal_candle::Error;
 use metal_candle::inference::score::answers;
+use metal_candle::training::adapter::AdapterFile;
 use metal_candle::training::dataset::{self, Dataset, DatasetOptions};
 use metal_candle::training::trainer::evaluate;
 
@@ -41,6 +42,9 @@ pub struct Eval {
     show: usize,
     #[command(flatten)]
     model: ModelArgs,
+    /// The folder of an adapter to put on the model
+    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
+    adapter_path: Option<PathBuf>,
 }
 
 impl Eval {
@@ -50,7 +54,12 @@ impl Eval {
             return Err(Error::setting("--batch-size, --rows", "must be 1 or more").into());
         }
         let path = self.file()?;
-        let (files, decoder) = self.model.open()?;
+        let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
+        let (files, mut decoder) = self.model.open(&adapter.iter().collect::<Vec<_>>())?;
+        if let Some(adapter) = adapter {
+            let device = decoder.device().clone();
+            adapter.attach(&mut decoder, &device)?;
+        }
         let options =
             DatasetOptions { max_seq_length: row_length(&files, self.max_seq_length), mask_prompt: self.mask_prompt };
         let data = Dataset::load(std::slice::from_ref(&path), &files.tokenizer, &options)?;

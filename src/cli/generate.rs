@@ -9,6 +9,7 @@ use metal_candle::models::{Message, ModelFiles};
 use metal_candle::{Error, Result};
 
 use super::Outcome;
+use super::adapters::AdaptersArgs;
 use super::model::{ModelArgs, SamplingArgs};
 
 /// Answer a prompt
@@ -28,6 +29,8 @@ pub struct Generate {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
+    adapters: AdaptersArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -43,9 +46,9 @@ impl Generate {
             }
             text => text.to_string(),
         };
-        let (files, decoder) = self.model.open()?;
+        let (files, registry) = self.adapters.open(&self.model)?;
         let prompt = self.prompt_tokens(&files, text)?;
-        let mut generator = Generator::new(&decoder, &files.tokenizer)?;
+        let mut generator = Generator::new(registry.decoder(), &files.tokenizer)?;
         let generation = generator.generate(&prompt, &options, &mut print)?;
         println!();
         if self.verbose {

@@ -1,5 +1,6 @@
 //! The command line: one file a subcommand.
 
+mod adapters;
 mod bench;
 mod chat;
 mod convert;
@@ -15,6 +16,7 @@ mod model;
 mod plan;
 mod plot;
 mod settings;
+mod tensorboard;
 mod train;
 
 use std::process::ExitCode;

@@ -1,6 +1,6 @@
-//! The model that a subcommand runs, with its adapter.
+//! The model that a subcommand runs, and how it draws.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
 
 use clap::Args;
 use metal_candle::inference::Sampling;
@@ -11,15 +11,12 @@ use metal_candle::{Error, Result};
 
 use super::device::{DeviceKind, DtypeKind, QuantizeKind};
 
-/// Which model, which adapter, where.
+/// Which model, and where.
 #[derive(Args)]
 pub struct ModelArgs {
     /// A folder, a GGUF file, or the name of a model on the hub [default: the one that the adapter was made for]
     #[arg(long, help_heading = "Model")]
     pub model: Option<String>,
-    /// The folder of an adapter to put on the model
-    #[arg(long, value_name = "FOLDER", help_heading = "Model")]
-    pub adapter_path: Option<PathBuf>,
     /// Where to compute
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "Model")]
     pub device: DeviceKind,
@@ -32,27 +29,31 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Opens the model and puts the adapter on it.
-    pub fn open(&self) -> Result<(ModelFiles, Decoder)> {
+    /// Opens the model: the one that is named, or else the one that the adapters were made for.
+    pub fn open(&self, adapters: &[&AdapterFile]) -> Result<(ModelFiles, Decoder)> {
         let device = self.device.open()?;
-        let adapter = self.adapter_path.as_deref().map(AdapterFile::load).transpose()?;
-        let files = ModelFiles::open(&self.name(adapter.as_ref())?)?;
+        let files = ModelFiles::open(&self.name(adapters)?)?;
         let dtype = self.dtype.weights().on(&device, files.own_dtype()?);
         let holding = files.holding(self.quantize.library(), dtype, &device)?;
-        let mut decoder = Decoder::new(&files.config, files.base(&holding, &device)?, &device)?;
-        if let Some(adapter) = adapter {
-            adapter.attach(&mut decoder, &device)?;
-        }
+        let decoder = Decoder::new(&files.config, files.base(&holding, &device)?, &device)?;
         Ok((files, decoder))
     }
 
-    fn name(&self, adapter: Option<&AdapterFile>) -> Result<String> {
-        match (&self.model, adapter) {
-            (Some(model), _) => Ok(model.clone()),
-            (None, Some(adapter)) => adapter.base_model.clone().ok_or_else(|| {
-                Error::setting("--model", "is needed: the adapter does not say which model it was made for")
-            }),
-            (None, None) => Err(Error::setting("--model", "is needed where there is no --adapter-path to tell it")),
+    fn name(&self, adapters: &[&AdapterFile]) -> Result<String> {
+        if let Some(model) = &self.model {
+            return Ok(model.clone());
+        }
+        let bases: BTreeSet<&str> = adapters.iter().filter_map(|adapter| adapter.base_model.as_deref()).collect();
+        match bases.len() {
+            0 if adapters.is_empty() => {
+                Err(Error::setting("--model", "is needed where there is no --adapter-path to tell it"))
+            }
+            0 => Err(Error::setting("--model", "is needed: the adapter does not say which model it was made for")),
+            1 => Ok(bases.into_iter().collect()),
+            _ => {
+                let named = bases.into_iter().collect::<Vec<_>>().join(", ");
+                Err(Error::setting("--model", format!("is needed: the adapters were made for {named}")))
+            }
         }
     }
 }

@@ -28,7 +28,50 @@ pub struct RunSettings {
     pub resume_adapter_file: Option<PathBuf>,
     /// Evaluate on test.jsonl at the end.
     pub test: bool,
+    /// Where reports go besides the terminal and metrics.jsonl.
+    pub report_to: ReportTo,
 }
+
+/// A service that reports are written for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reporter {
+    /// Event files in `runs`.
+    #[serde(rename = "tensorboard")]
+    TensorBoard,
+}
+
+/// A list of reporters. A configuration file may also give one name, or `none`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Value")]
+pub struct ReportTo(pub Vec<Reporter>);
+
+impl TryFrom<Value> for ReportTo {
+    type Error = String;
+
+    fn try_from(value: Value) -> std::result::Result<Self, String> {
+        match value {
+            Value::Null => Ok(Self::default()),
+            Value::String(names) => names.parse(),
+            list => serde_json::from_value(list).map(Self).map_err(|_| KNOWN_REPORTERS.to_string()),
+        }
+    }
+}
+
+/// As a flag gives it: names separated by commas, or `none`.
+impl std::str::FromStr for ReportTo {
+    type Err = String;
+
+    fn from_str(names: &str) -> std::result::Result<Self, String> {
+        if names == "none" {
+            return Ok(Self::default());
+        }
+        let names: Vec<&str> = names.split(',').map(str::trim).collect();
+        serde_json::from_value(json!(names)).map(Self).map_err(|_| KNOWN_REPORTERS.to_string())
+    }
+}
+
+const KNOWN_REPORTERS: &str = "only tensorboard is known; none stands for no reporter";
 
 impl Default for RunSettings {
     fn default() -> Self {
@@ -41,6 +84,7 @@ impl Default for RunSettings {
             resume: false,
             resume_adapter_file: None,
             test: false,
+            report_to: ReportTo::default(),
         }
     }
 }
@@ -214,6 +258,19 @@ mod tests {
     fn a_wrong_value_is_named() {
         let error = merge(json!({}), "rank: many\n").unwrap_err().to_string();
         assert!(error.contains("rank") && error.contains("many"), "{error}");
+    }
+
+    #[test]
+    fn reporters_are_a_list_a_name_or_none() {
+        for yaml in ["report_to: [tensorboard]\n", "report_to: tensorboard\n"] {
+            assert_eq!(merge(json!({}), yaml).unwrap().run.report_to.0, [Reporter::TensorBoard]);
+            assert!(merge(json!({"report_to": []}), yaml).unwrap().run.report_to.0.is_empty());
+        }
+        assert!(merge(json!({}), "report_to: none\n").unwrap().run.report_to.0.is_empty());
+        for wrong in ["wandb", "[tensorboard, wandb]", "3"] {
+            let error = merge(json!({}), &format!("report_to: {wrong}\n")).unwrap_err().to_string();
+            assert!(error.contains("report_to") && error.contains("only tensorboard"), "{error}");
+        }
     }
 
     #[test]

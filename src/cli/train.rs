@@ -17,7 +17,8 @@ use serde_json::{Map, Value};
 
 use super::device::{DeviceKind, DtypeKind, QuantizeKind};
 use super::display::Display;
-use super::settings::Settings;
+use super::settings::{ReportTo, Reporter, Settings};
+use super::tensorboard::TensorBoard;
 use super::{Outcome, demo, plan};
 
 /// Fine-tune a model; without arguments, the one that ships with the program
@@ -162,6 +163,10 @@ struct Flags {
     #[arg(long, value_name = "STEPS", help_heading = "Reports and checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
     steps_per_report: Option<usize>,
+    /// Write event files for TensorBoard into `runs` of the adapter's folder: tensorboard, or none [default: none]
+    #[arg(long, value_name = "NAMES", help_heading = "Reports and checkpoints")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report_to: Option<ReportTo>,
     /// Steps between validations [default: 200]
     #[arg(long, value_name = "STEPS", help_heading = "Reports and checkpoints")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -284,6 +289,9 @@ pub fn run(settings: &Settings, interrupted: &AtomicBool) -> Result<Summary, Box
     };
     let valid = splits.get("valid");
     let mut trainer = Trainer::new(&model, train, valid, settings.trainer.clone(), &run.adapter_path, from, &device)?;
+    if run.report_to.0.contains(&Reporter::TensorBoard) {
+        display.report_to(TensorBoard::create(&run.adapter_path)?);
+    }
     let summary = trainer.run(&mut |event| {
         display.show(&event);
         if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

@@ -12,6 +12,8 @@ const BLOCK: usize = 256;
 pub struct KvCache {
     layers: Vec<Layer>,
     limit: usize,
+    /// What the rows were made by: [`Decoder::stamp`](crate::models::decoder::Decoder::stamp).
+    owner: u64,
 }
 
 struct Layer {
@@ -25,7 +27,7 @@ impl KvCache {
     pub fn new(config: &ModelConfig, dtype: DType, device: &Device) -> Result<Self> {
         let empty = || Tensor::zeros((0, config.num_kv_heads, config.head_dim), dtype, device);
         let layers = (0..config.num_layers).map(|_| Ok(Layer { k: empty()?, v: empty()?, len: 0 }));
-        Ok(Self { layers: layers.collect::<Result<_>>()?, limit: config.max_position_embeddings })
+        Ok(Self { layers: layers.collect::<Result<_>>()?, limit: config.max_position_embeddings, owner: 0 })
     }
 
     /// Tokens held. While a pass is under way the first layers are ahead; this is the last one's.
@@ -53,6 +55,19 @@ impl KvCache {
     /// Forgets everything; the memory stays.
     pub fn clear(&mut self) {
         self.truncate(0);
+    }
+
+    /// Notes who is about to append.
+    ///
+    /// # Errors
+    /// When rows are held that another decoder made, or the same one with other adapters: mixing them gives wrong text.
+    pub fn claim(&mut self, stamp: u64) -> Result<()> {
+        if self.owner != stamp && self.layers.iter().any(|layer| layer.len > 0) {
+            let problem = "holds keys that were made with another adapter or by another model; clear it first";
+            return Err(Error::op("key-value cache", problem));
+        }
+        self.owner = stamp;
+        Ok(())
     }
 
     /// Appends keys and values `[T, kv_heads, D]` to a layer and returns views of all it holds.

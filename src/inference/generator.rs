@@ -1,4 +1,4 @@
-//! Generation: a prompt's tokens in, text out as it comes.
+//! Generation: a prompt's tokens in, text out as it comes, to a function or from an iterator.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use super::cache::KvCache;
 use super::sampling::Sampling;
 use crate::models::TextTokenizer;
 use crate::models::decoder::Decoder;
+use crate::models::tokenizer::DecodeStream;
 use crate::{Error, Result};
 
 /// How a text is generated.
@@ -92,59 +93,31 @@ impl<'a> Generator<'a> {
         options: &GenerateOptions,
         text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generation> {
-        options.sampling.check()?;
-        if options.stop.iter().any(String::is_empty) {
-            return Err(Error::setting("stop", "a stop text is empty, which would end every generation at once"));
+        let mut stream = self.stream(prompt, options);
+        for piece in stream.by_ref() {
+            if text(&piece?).is_break() {
+                break;
+            }
         }
-        let limit = self.cache.limit();
-        if prompt.is_empty() || prompt.len() >= limit {
-            let problem = format!("has {} tokens; the model takes 1 to {}", prompt.len(), limit - 1);
-            return Err(Error::setting("prompt", problem));
+        Ok(stream.finish())
+    }
+
+    /// [`Generator::generate`] as an iterator of the pieces of text. The prompt is run when the first piece is asked for;
+    /// after an error there are no more. A stream that is dropped early leaves the generator as a broken-off generation does.
+    pub fn stream<'s>(&'s mut self, prompt: &'s [u32], options: &'s GenerateOptions) -> TextStream<'s, 'a> {
+        TextStream {
+            pieces: self.tokenizer.decode_stream(),
+            out: StopTexts::new(&options.stop),
+            generator: self,
+            prompt,
+            options,
+            failed: false,
+            tokens: Vec::new(),
+            end: None,
+            prompt_tokens: 0,
+            started: Instant::now(),
+            first: None,
         }
-        let started = Instant::now();
-        let (mut logits, prompt_tokens) = self.run_prompt(prompt)?;
-        let mut first = None;
-        let mut tokens = Vec::new();
-        let mut pieces = self.tokenizer.decode_stream();
-        let mut out = StopTexts::new(&options.stop);
-        let end = loop {
-            if tokens.len() == options.max_tokens {
-                break End::MaxTokens;
-            }
-            let token = options.sampling.choose(&mut logits, &self.held, tokens.len() as u64)?;
-            first.get_or_insert_with(Instant::now);
-            if self.tokenizer.stop_tokens().contains(&token) {
-                break End::StopToken;
-            }
-            tokens.push(token);
-            if let Some(piece) = pieces.push(token)? {
-                let (ready, stopped) = out.push(&piece);
-                if !ready.is_empty() && text(&ready).is_break() {
-                    break End::Caller;
-                }
-                if stopped {
-                    break End::StopText;
-                }
-            }
-            if self.held.len() == limit {
-                break End::Context;
-            }
-            logits = self.run(&[token])?;
-        };
-        let rest = out.finish(end == End::StopText);
-        if !rest.is_empty() && end != End::Caller {
-            // Nothing is left to break off.
-            let _ = text(&rest);
-        }
-        let first = first.unwrap_or(started);
-        Ok(Generation {
-            text: out.text,
-            tokens,
-            end,
-            prompt_tokens,
-            prompt_time: first - started,
-            time: first.elapsed(),
-        })
     }
 
     /// Forgets what was run; the memory stays.
@@ -184,6 +157,106 @@ impl<'a> Generator<'a> {
     }
 }
 
+/// The pieces of a text that is being generated; see [`Generator::stream`].
+pub struct TextStream<'s, 'a> {
+    generator: &'s mut Generator<'a>,
+    prompt: &'s [u32],
+    options: &'s GenerateOptions,
+    pieces: DecodeStream<'a>,
+    out: StopTexts<'s>,
+    failed: bool,
+    tokens: Vec<u32>,
+    end: Option<End>,
+    prompt_tokens: usize,
+    started: Instant,
+    first: Option<Instant>,
+}
+
+impl Iterator for TextStream<'_, '_> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.end.is_none() && !self.failed {
+            match self.step() {
+                Ok(piece) if piece.is_empty() => {}
+                Ok(piece) => return Some(Ok(piece)),
+                Err(error) => {
+                    self.failed = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl TextStream<'_, '_> {
+    /// What was generated up to here. It counts as broken off by the caller where pieces are left.
+    pub fn finish(self) -> Generation {
+        let first = self.first.unwrap_or(self.started);
+        Generation {
+            text: self.out.text,
+            tokens: self.tokens,
+            end: self.end.unwrap_or(End::Caller),
+            prompt_tokens: self.prompt_tokens,
+            prompt_time: first - self.started,
+            time: first.elapsed(),
+        }
+    }
+
+    /// Chooses a token and returns the text that it sets free, which may be none.
+    fn step(&mut self) -> Result<String> {
+        let limit = self.generator.cache.limit();
+        let mut logits = match self.tokens.last() {
+            Some(&last) => self.generator.run(&[last])?,
+            None => self.begin()?,
+        };
+        if self.options.max_tokens == 0 {
+            return Ok(self.ended(End::MaxTokens));
+        }
+        let number = self.tokens.len() as u64;
+        let token = self.options.sampling.choose(&mut logits, &self.generator.held, number)?;
+        self.first.get_or_insert_with(Instant::now);
+        if self.generator.tokenizer.stop_tokens().contains(&token) {
+            return Ok(self.ended(End::StopToken));
+        }
+        self.tokens.push(token);
+        let (mut ready, stopped) =
+            self.pieces.push(token)?.map_or_else(Default::default, |piece| self.out.push(&piece));
+        if stopped {
+            self.end = Some(End::StopText);
+        } else if self.generator.held.len() == limit {
+            ready.push_str(&self.ended(End::Context));
+        } else if self.tokens.len() == self.options.max_tokens {
+            ready.push_str(&self.ended(End::MaxTokens));
+        }
+        Ok(ready)
+    }
+
+    /// Checks the request and runs the prompt.
+    fn begin(&mut self) -> Result<Vec<f32>> {
+        self.options.sampling.check()?;
+        if self.options.stop.iter().any(String::is_empty) {
+            return Err(Error::setting("stop", "a stop text is empty, which would end every generation at once"));
+        }
+        let limit = self.generator.cache.limit();
+        if self.prompt.is_empty() || self.prompt.len() >= limit {
+            let problem = format!("has {} tokens; the model takes 1 to {}", self.prompt.len(), limit - 1);
+            return Err(Error::setting("prompt", problem));
+        }
+        self.started = Instant::now();
+        let (logits, prompt_tokens) = self.generator.run_prompt(self.prompt)?;
+        self.prompt_tokens = prompt_tokens;
+        Ok(logits)
+    }
+
+    /// Notes the end and returns what was held back.
+    fn ended(&mut self, end: End) -> String {
+        self.end = Some(end);
+        self.out.finish()
+    }
+}
+
 /// Holds back what may be the beginning of a stop text.
 struct StopTexts<'a> {
     stop: &'a [String],
@@ -209,9 +282,9 @@ impl<'a> StopTexts<'a> {
         (self.give(self.text.len() - held_back), false)
     }
 
-    /// What was held back, unless a stop text has come.
-    fn finish(&mut self, stopped: bool) -> String {
-        if stopped { String::new() } else { self.give(self.text.len()) }
+    /// What was held back, where no stop text has come.
+    fn finish(&mut self) -> String {
+        self.give(self.text.len())
     }
 
     fn give(&mut self, end: usize) -> String {
@@ -243,9 +316,9 @@ mod tests {
         assert_eq!(out.push("x"), ("ENx".to_string(), false));
         assert_eq!(out.push("yé"), ("y".to_string(), false));
         assert_eq!(out.push("!z"), (String::new(), true));
-        assert_eq!((out.finish(true), out.text.as_str()), (String::new(), "aENxy"));
+        assert_eq!(out.text, "aENxy");
         let mut out = StopTexts::new(&stop);
         assert_eq!(out.push("bEN"), ("b".to_string(), false));
-        assert_eq!((out.finish(false), out.text.as_str()), ("EN".to_string(), "bEN"));
+        assert_eq!((out.finish(), out.text.as_str()), ("EN".to_string(), "bEN"));
     }
 }

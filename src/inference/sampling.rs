@@ -90,7 +90,8 @@ impl Sampling {
         let weight = |logit: f32| ((logit - best) as f64 / self.temperature).exp();
         let mut kept: Vec<(u32, f64)> =
             logits.iter().enumerate().map(|(token, &logit)| (token as u32, weight(logit))).collect();
-        kept.retain(|(_, weight)| *weight > 0.0);
+        // What is not finite was passed over for the best, and is here.
+        kept.retain(|(_, weight)| *weight > 0.0 && weight.is_finite());
         kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.top_k > 0 {
             kept.truncate(self.top_k);
@@ -142,6 +143,8 @@ mod tests {
         assert_eq!(Sampling::default().choose(&mut LOGITS.clone(), &[], 0).unwrap(), 1);
         assert_eq!(Sampling::default().choose(&mut [f32::NAN, 1.0], &[], 0).unwrap(), 1);
         assert!(Sampling::default().choose(&mut [f32::NAN; 3], &[], 0).is_err());
+        let hot = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(hot.choose(&mut [f32::INFINITY, 1.0, f32::NAN, f32::NEG_INFINITY], &[], 0).unwrap(), 1);
     }
 
     #[test]

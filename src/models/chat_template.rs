@@ -1,10 +1,13 @@
 //! Chat templates in Jinja, as Hugging Face transformers renders them (`apply_chat_template`): blocks trimmed, Python's string
 //! methods, `raise_exception`, `strftime_now`, `tojson` without HTML escapes.
 //!
-//! A template comes with a model and is not trusted: it has no loader, so it reads no file, and it runs on limited fuel.
+//! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
+//! the values that it prints are limited, and it is parsed and run on a stack of its own, since the engine follows nesting by
+//! recursion. One hole is known: a list of the same list twice, sixty times over, is small, and turning it into a string (`~`,
+//! `string`, `join`) writes it out in full.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Serde, ValueKind};
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
@@ -41,15 +44,37 @@ pub struct ChatTemplate {
 const NAME: &str = "chat_template";
 
 /// Instructions that one rendering may take: far more than any conversation needs.
-const FUEL: u64 = 10_000_000;
+const FUEL: u64 = 4_000_000;
+
+/// Bytes of a template; those of known models have under 30 thousand.
+const LONGEST: usize = 256 << 10;
+
+/// The engine's deepest recursion: nesting as deep as [`FUEL`] and [`LONGEST`] allow. What is not touched takes no memory.
+const STACK: usize = 512 << 20;
+
+/// Lists and maps within each other, and values in all, that a template may print at once.
+const DEEPEST: usize = 100;
+const MOST: usize = 1_000_000;
 
 impl ChatTemplate {
     /// Parses a template; `bos` and `eos` are the tokens that it may write.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
+        if source.len() > LONGEST {
+            let length = source.len();
+            return Err(Error::Text(format!("the model's chat template has {length} bytes; {LONGEST} are read")));
+        }
+        stacker::grow(STACK, || Self::parse(source, bos, eos))
+    }
+
+    fn parse(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| failed("cannot be set up", &error))?);
         environment.set_fuel(Some(FUEL));
+        environment.set_formatter(|out, state, value| {
+            printable(value)?;
+            minijinja::escape_formatter(out, state, value)
+        });
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -78,7 +103,37 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        template.render(values).map_err(|error| failed("cannot render this conversation", &error))
+        stacker::grow(STACK, || {
+            template.render(values).map_err(|error| failed("cannot render this conversation", &error))
+        })
+    }
+}
+
+/// Refuses values that print without end, or too deep.
+fn printable(value: &Value) -> Result<(), minijinja::Error> {
+    let mut left = MOST;
+    if counted(value, DEEPEST, &mut left) {
+        return Ok(());
+    }
+    let problem = format!("a value is over {DEEPEST} deep or has over {MOST} parts, which is not printed");
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem))
+}
+
+fn counted(value: &Value, depth: usize, left: &mut usize) -> bool {
+    if *left == 0 {
+        return false;
+    }
+    *left -= 1;
+    match value.kind() {
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => {
+            let Ok(parts) = value.try_iter() else { return true };
+            let mut parts = parts.map(|part| match value.kind() {
+                ValueKind::Map => value.get_item(&part).unwrap_or_default(),
+                _ => part,
+            });
+            depth > 0 && parts.all(|part| counted(&part, depth - 1, left))
+        }
+        _ => true,
     }
 }
 
@@ -91,8 +146,9 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + length + 2];
+        // In `{%}` the percent sign does not close what it opens.
+        let Some(length) = rest[start + 2..].find("%}") else { break };
+        let tag = &rest[start..start + length + 4];
         let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         out.push_str(&rest[..start]);
         if inner == "generation" || inner == "endgeneration" {
@@ -100,7 +156,7 @@ fn without_generation_tags(source: &str) -> String {
         } else {
             out.push_str(tag);
         }
-        rest = &rest[start + length + 2..];
+        rest = &rest[start + tag.len()..];
     }
     out.push_str(rest);
     out
@@ -111,6 +167,12 @@ fn tojson(value: Value, options: minijinja::value::Kwargs) -> Result<Value, mini
     let indent: Option<usize> = options.get("indent")?;
     // Others of json.dumps' arguments (ensure_ascii, separators, sort_keys) are refused rather than missed.
     options.assert_all_used()?;
+    const WIDEST: usize = 32;
+    if let Some(wide) = indent.filter(|&indent| indent > WIDEST) {
+        let problem = format!("tojson's indent is {wide}; at most {WIDEST} is taken");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
+    }
+    printable(&value)?;
     let json = serde_json::to_value(&value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     let mut text = String::new();

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Device, Tensor};
 
@@ -81,6 +82,13 @@ pub struct Decoder {
     /// `None`: tied to the embedding.
     head: Option<BaseWeight>,
     rope: RopeTables,
+    stamp: u64,
+}
+
+/// A number that no decoder of this process has had.
+fn next_stamp() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 enum Kept {
@@ -149,7 +157,7 @@ impl Decoder {
         let norm = take(take_weight("model.norm.weight".into())?, "model.norm.weight")?;
         let head = if config.tie_word_embeddings { None } else { Some(take_weight("lm_head.weight".into())?) };
         let rope = RopeTables::new(config.inv_freq(), device.clone());
-        Ok(Self { config: config.clone(), embedding, blocks, norm, head, rope })
+        Ok(Self { config: config.clone(), embedding, blocks, norm, head, rope, stamp: next_stamp() })
     }
 
     /// The summed loss of a batch, without gradients.
@@ -212,6 +220,9 @@ impl Decoder {
 
     /// Runs `tokens` after those in the cache, appends their keys and values to it, and returns the logits of the last
     /// token, `[V]` f32.
+    ///
+    /// # Errors
+    /// A cache that holds keys made by another decoder, or by this one with other adapters; see [`KvCache::clear`].
     pub fn forward_cached(&self, tokens: &[u32], cache: &mut KvCache) -> Result<Tensor> {
         match self.device().is_cpu() {
             true => on_pool(|| self.append(tokens, cache)),
@@ -223,6 +234,7 @@ impl Decoder {
         if tokens.is_empty() {
             return Err(Error::op("forward_cached", "there are no tokens to run"));
         }
+        cache.claim(self.stamp)?;
         let (start, count) = (cache.len(), tokens.len());
         let (cos, sin) = self.rope.up_to(start + count)?;
         let positions: Vec<u32> = (start as u32..(start + count) as u32).collect();
@@ -257,15 +269,41 @@ impl Decoder {
 
     /// Attaches an adapter to the linear at a module path, in place of any it had.
     pub fn attach(&mut self, path: &str, adapter: Option<Adapter>) -> Result<()> {
-        for (layer, block) in self.blocks.iter_mut().enumerate() {
-            for (name, linear) in block.linears_mut() {
-                if path == format!("model.layers.{layer}.{name}") {
-                    linear.adapter = adapter;
-                    return Ok(());
-                }
-            }
+        let place = path.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        let place = place.and_then(|(layer, name)| Some((layer.parse::<usize>().ok()?, name)));
+        let linear = place.and_then(|(layer, name)| {
+            let linears = self.blocks.get_mut(layer)?.linears_mut();
+            linears.into_iter().find(|(linear, _)| *linear == name)
+        });
+        let (_, linear) = linear.ok_or_else(|| Error::setting(path, "the model has no linear of this name"))?;
+        linear.adapter = adapter;
+        self.stamp = next_stamp();
+        Ok(())
+    }
+
+    /// Sets the adapters of all linears, in the order of [`Decoder::linears`]; a linear without one loses any that it had.
+    /// Tensors are shared, not copied.
+    ///
+    /// # Errors
+    /// A list that is not as long as there are linears; nothing is changed then.
+    pub fn set_adapters(&mut self, adapters: &[Option<Adapter>]) -> Result<()> {
+        let count = self.blocks.len() * LINEAR_NAMES.len();
+        if adapters.len() != count {
+            let problem = format!("the model has {count} linears, the list {} adapters", adapters.len());
+            return Err(Error::setting("adapters", problem));
         }
-        Err(Error::setting(path, "the model has no linear of this name"))
+        let linears = self.blocks.iter_mut().flat_map(|block| block.linears_mut());
+        for ((_, linear), adapter) in linears.zip(adapters) {
+            linear.adapter.clone_from(adapter);
+        }
+        self.stamp = next_stamp();
+        Ok(())
+    }
+
+    /// Names what the decoder computes: another number after every change of adapters or weights through this type, and in
+    /// every other decoder. Keys and values belong to the number that they were made under.
+    pub fn stamp(&self) -> u64 {
+        self.stamp
     }
 
     /// Bytes of the embedding, the output projection and the linears' weights.
@@ -286,6 +324,7 @@ impl Decoder {
 
     /// Every weight of the model that is not quantized, by its Hugging Face name, to read or to train.
     pub fn parameters_mut(&mut self) -> Vec<(String, &mut Parameter)> {
+        self.stamp = next_stamp();
         let mut all: Vec<(String, &mut Parameter)> = Vec::new();
         all.extend(self.embedding.dense_mut().map(|weight| ("model.embed_tokens.weight".to_string(), weight)));
         for (layer, block) in self.blocks.iter_mut().enumerate() {

@@ -165,25 +165,30 @@ impl AdapterFile {
     /// Puts the adapter on a model, in place of any that it has.
     ///
     /// # Errors
-    /// As [`AdapterFile::check_fits`]; parts that the decoder does not run. Nothing is attached then.
+    /// As [`AdapterFile::fitted`]; nothing is attached then.
     pub fn attach(&self, decoder: &mut Decoder, device: &Device) -> Result<()> {
+        let adapters = self.fitted(decoder, device)?;
+        decoder.set_adapters(&adapters)
+    }
+
+    /// The adapters of a model's linears, in the order of [`Decoder::linears`].
+    ///
+    /// # Errors
+    /// As [`AdapterFile::check_fits`]; parts that the decoder does not run.
+    pub fn fitted(&self, decoder: &Decoder, device: &Device) -> Result<Vec<Option<Adapter>>> {
         self.check_fits(&decoder.config)?;
         self.check_plain("a model runs")?;
-        let linears: Vec<String> = decoder.linears().map(|(path, _)| path).collect();
-        for path in &linears {
-            decoder.attach(path, None)?;
-        }
-        for (number, (path, module)) in self.modules.iter().enumerate() {
-            let adapter = Adapter {
+        let adapters = decoder.linears().enumerate().map(|(number, (path, _))| {
+            let Some(module) = self.modules.get(&path) else { return Ok(None) };
+            Ok(Some(Adapter {
                 a: Parameter::frozen(module.a.to_device(device)?),
                 b: Parameter::frozen(module.b.to_device(device)?),
                 scaling: module.scaling,
                 dropout: 0.0,
                 number: number as u32,
-            };
-            decoder.attach(path, Some(adapter))?;
-        }
-        Ok(())
+            }))
+        });
+        adapters.collect()
     }
 
     /// Refuses DoRA and tensors that were trained whole, by name. `who` begins the sentence.
