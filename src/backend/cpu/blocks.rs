@@ -57,6 +57,11 @@ impl<'a> Blocks<'a> {
         self.bytes.len() / self.kind.block_bytes() * self.kind.block_len()
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// The bytes of values `start..start + len`, whole blocks.
     pub fn bytes(&self, start: usize, len: usize) -> &'a [u8] {
         let at = |value: usize| value / self.kind.block_len() * self.kind.block_bytes();
