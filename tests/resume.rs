@@ -17,7 +17,10 @@ fn start(model: &Path, data: &Path, adapter: &Path) -> Child {
     let options = "--device cpu --iters 40 --save-every 1 --steps-per-eval 13 --batch-size 3 --grad-accumulation-steps 2 \
                    --rank 3 --alpha 5 --dropout 0.1 --seed 11 --learning-rate 1e-3";
     command.args(options.split_whitespace());
-    if adapter.join("checkpoints").read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+    // What a kill left half written has another name.
+    let whole =
+        |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().to_string_lossy().starts_with("step-");
+    if adapter.join("checkpoints").read_dir().is_ok_and(|mut entries| entries.any(whole)) {
         command.arg("--resume");
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use metal_candle::Error;
 use metal_candle::models::ModelFiles;
-use metal_candle::training::adapter::{AdapterFile, Form};
+use metal_candle::training::adapter::{AdapterFile, Form, gguf};
 use metal_candle::training::files;
 
 use super::Outcome;
@@ -13,11 +14,12 @@ use super::Outcome;
 const EXAMPLES: &str = "\
 Examples:
   metal-candle convert adapters --to mlx --output adapters-mlx
-  metal-candle convert mlx-adapters --to peft --output adapters --model Qwen/Qwen2.5-0.5B-Instruct";
+  metal-candle convert mlx-adapters --to peft --output adapters --model Qwen/Qwen2.5-0.5B-Instruct
+  metal-candle convert adapters --to gguf --output adapter.gguf --model model.gguf   # llama-cli --lora adapter.gguf";
 
-/// Write an adapter in the form of PEFT or of mlx-lm
+/// Write an adapter in the form of PEFT, of mlx-lm or of llama.cpp
 ///
-/// Both forms are read. MLX has one rank and one scale for all linears: where they differ, B takes the difference up and
+/// PEFT's and mlx-lm's forms are read. MLX has one rank and one scale for all linears: where they differ, B takes the difference up and
 /// narrower ranks get zeros, so that the delta stays the same. What a form cannot hold is refused by name.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -28,14 +30,14 @@ pub struct Convert {
     /// The form to write
     #[arg(long, value_name = "FORM", value_enum)]
     to: FormKind,
-    /// The folder to write
+    /// The folder to write, or the file where it is GGUF
     #[arg(long, value_name = "FOLDER")]
     output: PathBuf,
     /// The model that the adapter is for, to hold the adapter against and to name in what is written: a folder, a GGUF file, or
     /// a name on the hub
     #[arg(long)]
     model: Option<String>,
-    /// Replace the output folder, with all that is in it, if it is there
+    /// Replace the output, a folder with all that is in it, if it is there
     #[arg(long)]
     force: bool,
 }
@@ -46,11 +48,18 @@ enum FormKind {
     Peft,
     /// adapters.safetensors, for mlx-lm
     Mlx,
+    /// One file that llama.cpp applies at load; needs --model where the adapter does not name its own
+    Gguf,
 }
 
 impl Convert {
     /// Runs the subcommand.
     pub fn run(self) -> Outcome {
+        let form = match self.to {
+            FormKind::Peft => Form::Peft,
+            FormKind::Mlx => Form::Mlx,
+            FormKind::Gguf => return self.write_gguf(),
+        };
         files::check_output(&self.output, self.force, &[&self.adapter])?;
         let mut adapter = AdapterFile::load(&self.adapter)?;
         if let Some(name) = &self.model {
@@ -59,14 +68,28 @@ impl Convert {
             adapter.base_model = Some(name.clone());
             adapter.blocks = Some(model.config.num_layers);
         }
-        let form = match self.to {
-            FormKind::Peft => Form::Peft,
-            FormKind::Mlx => Form::Mlx,
-        };
         files::replace_folder(&self.output, |folder| adapter.save_as(form, folder))?;
         if form == Form::Mlx {
             note_what_differs(&adapter);
         }
+        println!("{} linears in {}", adapter.modules.len(), self.output.display());
+        Ok(())
+    }
+}
+
+impl Convert {
+    fn write_gguf(self) -> Outcome {
+        if self.output.exists() && (!self.force || self.output.is_dir()) {
+            let advice = "is already there; choose another --output, or replace a file with --force";
+            return Err(Error::file(&self.output, advice).into());
+        }
+        let adapter = AdapterFile::load(&self.adapter)?;
+        let Some(name) = self.model.as_ref().or(adapter.base_model.as_ref()) else {
+            return Err(
+                Error::setting("--model", "is needed: the adapter does not say which model it was made for").into()
+            );
+        };
+        gguf::save(&adapter, &ModelFiles::open(name)?.config, &self.output)?;
         println!("{} linears in {}", adapter.modules.len(), self.output.display());
         Ok(())
     }

@@ -323,8 +323,14 @@ fn rope_divisors(container: &Container, head_dim: Option<u64>, problems: &mut Ve
     }
 }
 
+/// llama.cpp's name of a family.
+pub(crate) fn architecture_of(config: &ModelConfig) -> &str {
+    // Mistral's files are llama's, with a window.
+    if config.model_type == "mistral" { "llama" } else { &config.model_type }
+}
+
 /// llama.cpp's name of a tensor from Hugging Face's.
-fn file_name(name: &str) -> String {
+pub(crate) fn file_name(name: &str) -> String {
     let layer = || {
         let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let (part, kind) = rest.rsplit_once('.')?;
@@ -351,6 +357,17 @@ fn as_it_is(view: &TensorView, kind: Kind, heads: Option<usize>) -> Result<Quant
 fn dequantize(view: &TensorView) -> Result<Tensor> {
     let quantized = qtensor_from_ggml(view.dtype, view.data, view.shape.clone(), &Device::Cpu)?;
     Ok(quantized.dequantize(&Device::Cpu)?)
+}
+
+/// Rows `[n, ..]` of a weight of this name in the order that a file has: those of q and k as [`unpermute`] takes them.
+pub(crate) fn in_file_order(config: &ModelConfig, name: &str, rows: &Tensor) -> Result<Tensor> {
+    let heads = match heads_are_permuted(architecture_of(config)) {
+        true if name.contains(".q_proj.") => config.num_heads,
+        true if name.contains(".k_proj.") => config.num_kv_heads,
+        _ => return Ok(rows.clone()),
+    };
+    let split = rows.reshape((heads, 2, rows.dim(0)? / heads / 2, ()))?.transpose(1, 2)?;
+    Ok(split.contiguous()?.reshape(rows.shape())?)
 }
 
 /// Rows of a head lie `0, D/2, 1, D/2 + 1, ...` in the file.

@@ -3,6 +3,7 @@
 //! In memory each module carries its own rank and scaling, so that whatever a file says of them is exact. A PEFT file with
 //! patterns becomes this without loss; MLX has one rank and one scale for all modules, and what differs is folded into B there.
 
+pub mod gguf;
 pub mod mlx;
 mod names;
 pub mod peft;

@@ -179,7 +179,8 @@ impl<'a> Trainer<'a> {
             tell(Event::Validation(first), &mut stop);
             interval = Interval::new();
         }
-        let mut saved = self.state.step;
+        // A kill can come between the last checkpoint and the adapter beside it: a run that is at its end writes both again.
+        let mut saved = if self.state.step < total { self.state.step } else { 0 };
         while self.state.step < total && !stop {
             let step = self.state.step + 1;
             let learning_rate = schedule.at(step);
