@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use metal_candle::models::{ModelConfig, ModelFiles};
 use metal_candle::models::decoder::{Batch, Decoder};
+use metal_candle::models::{ModelConfig, ModelFiles};
 use metal_candle::training::adapter::{AdapterFile, Form, Module};
 use proptest::prelude::*;
 use serde_json::{Value, json};
