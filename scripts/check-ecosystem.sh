@@ -81,7 +81,7 @@ for adapter in "$work"/adapters/*; do
 done
 
 echo "== fused models"
-for name in trained patterns mlx-last; do
+for name in trained patterns saved mlx-last; do
   candle fuse --model "$model" --adapter "$work/adapters/$name" --output "$work/fused/$name" | tail -1
   peft peft-logits "$work/fused/$name" "$work/fused-peft"
   mlx mlx-logits "$work/fused/$name" "$work/fused-mlx"

@@ -7,6 +7,7 @@
     ecosystem.py peft-logits MODEL OUT [ADAPTER...]   OUT/NAME.json for each adapter, or for the model itself
     ecosystem.py mlx-logits MODEL OUT [ADAPTER...]
     ecosystem.py compare ONE OTHER [WORD]      differences of two files of logits; WORD `differ` wants them to differ
+    ecosystem.py tokens                        the tokens whose logits are compared
 """
 
 import json

@@ -13,6 +13,17 @@ use metal_candle::training::adapter::AdapterFile;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
+/// The linears of the tiny model's blocks and the sizes of their outputs.
+const SIZES: [(&str, usize); 7] = [
+    ("self_attn.q_proj", 32),
+    ("self_attn.k_proj", 16),
+    ("self_attn.v_proj", 16),
+    ("self_attn.o_proj", 32),
+    ("mlp.gate_proj", 48),
+    ("mlp.up_proj", 48),
+    ("mlp.down_proj", 32),
+];
+
 struct Place {
     folder: tempfile::TempDir,
 }
@@ -161,19 +172,20 @@ fn what_mlx_cannot_hold_is_refused_by_name() {
         place.tensors("adapters/adapter_model.safetensors").into_iter().collect();
     let head = common::random(&[4, 32], DType::F32, 3);
     tensors.insert("base_model.model.lm_head.weight".into(), head.clone());
-    tensors.insert("base_model.model.model.norm.weight".into(), head);
+    tensors.insert("base_model.model.model.norm.weight".into(), head.clone());
+    tensors.insert("base_model.model.model.embed_tokens.weight".into(), head);
     candle_core::safetensors::save(&tensors, place.path("adapters/adapter_model.safetensors")).unwrap();
     let mut config = place.config("adapters");
-    config["modules_to_save"] = json!(["lm_head", "norm"]);
+    config["modules_to_save"] = json!(["lm_head", "model.norm", "embed_tokens"]);
     fs::write(place.path("adapters/adapter_config.json"), config.to_string()).unwrap();
     refused(&place.run("convert adapters --to mlx --output mlx"), 1, &["lm_head.weight", "model.norm.weight"]);
     refused(
         &place.run("fuse --model model --adapter adapters --output f"),
         1,
-        &["lm_head.weight", "model.norm.weight"],
+        &["lm_head.weight, which the model does not have", "norm.weight as [4, 32]", "embed_tokens.weight, whose tie"],
     );
     good(&place.run("convert adapters --to peft --output peft"));
-    assert_eq!(place.tensors("peft/adapter_model.safetensors").len(), 30);
+    assert_eq!(place.tensors("peft/adapter_model.safetensors").len(), 31);
     assert!(!place.path("mlx").exists() && !place.path("f").exists());
 }
 
@@ -257,6 +269,40 @@ fn several_adapters_are_summed_with_their_weights() {
     }
     refused(&place.run("fuse --model model --adapter adapters=much --output f"), 2, &["much"]);
     refused(&place.run("fuse --model model --adapter adapters=0 --output f"), 2, &["other than 0"]);
+}
+
+#[test]
+fn whole_tensors_take_their_place() {
+    let place = Place::new();
+    let mut tensors: HashMap<String, Tensor> =
+        place.tensors("adapters/adapter_model.safetensors").into_iter().collect();
+    let norm = common::random(&[32], DType::F32, 3);
+    tensors.insert("base_model.model.model.norm.weight".into(), norm.clone());
+    candle_core::safetensors::save(&tensors, place.path("adapters/adapter_model.safetensors")).unwrap();
+    let mut config = place.config("adapters");
+    config["modules_to_save"] = json!(["model.norm"]);
+    fs::write(place.path("adapters/adapter_config.json"), config.to_string()).unwrap();
+    let told = good(&place.run("fuse --model model --adapter adapters --output fused"));
+    let difference: f64 = told.split("logit: ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(difference < 1e-5, "{told}");
+    let (before, after) = (place.tensors("model/model.safetensors"), place.tensors("fused/model.safetensors"));
+    assert_eq!(common::f64s(&after["model.norm.weight"]), common::f64s(&norm));
+    let changed = before.keys().filter(|name| common::f64s(&before[*name]) != common::f64s(&after[*name]));
+    assert_eq!(changed.count(), 15);
+    let told = place.run("fuse --model model --adapter adapters=2 --output f");
+    refused(&told, 1, &["a weighted sum", "model.norm.weight"]);
+    config["use_dora"] = true.into();
+    for layer in 0..2 {
+        for (name, n) in SIZES {
+            let name = format!("base_model.model.model.layers.{layer}.{name}.lora_magnitude_vector");
+            tensors.insert(name, common::random(&[n], DType::F32, 4));
+        }
+    }
+    candle_core::safetensors::save(&tensors, place.path("adapters/adapter_model.safetensors")).unwrap();
+    fs::write(place.path("adapters/adapter_config.json"), config.to_string()).unwrap();
+    let told = place.run("fuse --model model --adapter adapters --output f");
+    refused(&told, 1, &["DoRA's magnitudes of model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]);
+    assert!(!place.path("f").exists());
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::Holding;
 use super::config::{ModelConfig, RopeScaling};
 use super::linear::BaseWeight;
 use super::tokenizer::TextTokenizer;
-use super::weights::check;
+use super::weights::{check, check_count};
 use crate::backend::quantized::{Kind, QuantizedTensor};
 use crate::{Error, Result};
 
@@ -106,6 +106,7 @@ pub fn open(path: &Path) -> Result<(ModelConfig, TextTokenizer)> {
 /// A file that is cut short or broken.
 pub fn kinds(path: &Path, config: &ModelConfig) -> Result<HashMap<String, Kind>> {
     with_container(path, |container| {
+        check_count(path, config, container.tensors.len())?;
         let views: HashMap<&str, &TensorView> = container.tensors.iter().map(|view| (view.name, view)).collect();
         let kind = |name: &str| {
             let view = views.get(file_name(name).as_str())?;

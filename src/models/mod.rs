@@ -135,15 +135,16 @@ impl ModelFiles {
     /// What the weights are to be held in on a device: those of a file that are quantized stay so where an option does not say
     /// otherwise. On a GPU embedding and output projection are dense always.
     pub fn holding(&self, quantize: Quantize, dtype: DType, device: &Device) -> Result<Holding> {
-        let mut holding = Holding::linears(&self.config, quantize, dtype);
-        if quantize == Quantize::Auto {
-            holding.kinds = match &self.source {
-                Source::Folder(folder) => weights::kinds(folder, &self.config)?,
-                Source::Gguf(file) => gguf::kinds(file, &self.config)?,
-            };
-            holding.kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
+        // First, since it also sees whether the file has the layers that the configuration tells of.
+        let mut kinds = match &self.source {
+            Source::Folder(folder) => weights::kinds(folder, &self.config)?,
+            Source::Gguf(file) => gguf::kinds(file, &self.config)?,
+        };
+        if quantize != Quantize::Auto {
+            return Ok(Holding::linears(&self.config, quantize, dtype));
         }
-        Ok(holding)
+        kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
+        Ok(Holding { dtype, kinds })
     }
 
     /// The weights, held as [`ModelFiles::holding`] says.

@@ -60,7 +60,7 @@ pub fn load(
 ) -> Result<HashMap<String, BaseWeight>> {
     let mapped = map(&files(folder)?)?;
     let mut found = shapes_of(&mapped);
-    let shapes: HashMap<String, Vec<usize>> = config.weight_shapes().into_iter().collect();
+    let shapes = wanted_shapes(folder, config, found.len())?;
     let packed = packed::find(folder, &mapped, &shapes, &mut found)?;
     let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
         if let Some(&kind) = packed.get(&name) {
@@ -96,8 +96,23 @@ pub(super) fn held(weight: QuantizedTensor, kind: Option<Kind>, dtype: DType, de
 /// One error lists every weight of a form that is not read.
 pub fn kinds(folder: &Path, config: &ModelConfig) -> Result<HashMap<String, Kind>> {
     let mapped = map(&files(folder)?)?;
-    let shapes = config.weight_shapes().into_iter().collect();
-    packed::find(folder, &mapped, &shapes, &mut shapes_of(&mapped))
+    let mut found = shapes_of(&mapped);
+    packed::find(folder, &mapped, &wanted_shapes(folder, config, found.len())?, &mut found)
+}
+
+/// [`ModelConfig::weight_shapes`] of a file with so many tensors.
+fn wanted_shapes(path: &Path, config: &ModelConfig, tensors: usize) -> Result<HashMap<String, Vec<usize>>> {
+    check_count(path, config, tensors)?;
+    Ok(config.weight_shapes().into_iter().collect())
+}
+
+/// A block has more tensors than one: a configuration from a broken file is not followed into memory.
+pub(super) fn check_count(path: &Path, config: &ModelConfig, tensors: usize) -> Result<()> {
+    if config.num_layers <= tensors {
+        return Ok(());
+    }
+    let problem = format!("has {tensors} tensors, too few for the {} layers of its configuration", config.num_layers);
+    Err(Error::file(path, problem))
 }
 
 fn shapes_of(mapped: &MmapedSafetensors) -> HashMap<String, Vec<usize>> {
@@ -111,12 +126,7 @@ pub(super) fn check(
     mut found: HashMap<String, Vec<usize>>,
     file_name: impl Fn(&str) -> String,
 ) -> Result<Vec<String>> {
-    // A block has more tensors than one: a configuration from a broken file is not followed into memory.
-    if config.num_layers > found.len() {
-        let problem =
-            format!("has {} tensors, too few for the {} layers of its configuration", found.len(), config.num_layers);
-        return Err(Error::file(path, problem));
-    }
+    check_count(path, config, found.len())?;
     let mut problems = Vec::new();
     let wanted = config.weight_shapes();
     for (name, shape) in &wanted {

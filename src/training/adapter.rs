@@ -194,15 +194,19 @@ impl AdapterFile {
 
     /// Refuses DoRA and tensors that were trained whole, by name. `who` begins the sentence.
     pub(crate) fn check_plain(&self, who: &str) -> Result<()> {
-        let dora = self.modules.iter().filter(|(_, module)| module.magnitude.is_some());
-        let dora = dora.map(|(path, _)| format!("DoRA's magnitudes of {path}"));
-        let problems: Vec<String> =
-            dora.chain(self.saved.keys().map(|name| format!("the whole tensor {name}"))).collect();
+        let whole = self.saved.keys().map(|name| format!("the whole tensor {name}"));
+        let problems: Vec<String> = self.magnitudes().into_iter().chain(whole).collect();
         if problems.is_empty() {
             return Ok(());
         }
         let what = format!("{who} plain LoRA adapters only for now; this one also has {}", problems.join(", "));
         Err(Error::setting("adapter", what))
+    }
+
+    /// What the adapter has of DoRA, in words.
+    pub(crate) fn magnitudes(&self) -> Vec<String> {
+        let dora = self.modules.iter().filter(|(_, module)| module.magnitude.is_some());
+        dora.map(|(path, _)| format!("DoRA's magnitudes of {path}")).collect()
     }
 
     /// Whether the adapter is on the same linears of every block of its model, as far as that is known.

@@ -1,9 +1,11 @@
-//! Fusing: an adapter's delta is added to the weights that it is on, `W += s (A B)ᵀ`, and the model written as a new folder.
+//! Fusing: an adapter's delta is added to the weights that it is on, `W += s (A B)ᵀ`, tensors that were trained whole take their
+//! place, and the model is written as a new folder.
 //!
 //! The sum is in f32 and rounded once, to the weight's own dtype. Files are written tensor by tensor: one weight is in memory at
 //! a time.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -41,16 +43,19 @@ const CONFIG: &str = "config.json";
 /// beside and renamed when the model in it has been tried; one that was there is replaced.
 ///
 /// # Errors
-/// A model that is not a folder; an adapter that does not fit it or is more than LoRA; weights in a dtype that cannot be added
+/// A model that is not a folder; an adapter that does not fit it or is DoRA; weights in a dtype that cannot be added
 /// to; a fused model that does not answer as the adapted one.
 pub fn fuse(model: &ModelFiles, adapter: &AdapterFile, output: &Path) -> Result<Fused> {
     let source = model.folder()?;
     adapter.check_fits(&model.config)?;
-    adapter.check_plain("fusing takes")?;
+    check_parts(model, adapter)?;
     let shards = weights::files(source)?;
     check_dtypes(&shards, adapter)?;
-    let mut adapted = decoder(model, source)?;
-    adapter.attach(&mut adapted, &Device::Cpu)?;
+    let mut adapted = decoder(model, source, &adapter.saved)?;
+    let mut deltas = adapter.clone();
+    // Their tensors are in the decoder already.
+    deltas.saved.clear();
+    deltas.attach(&mut adapted, &Device::Cpu)?;
     let wanted = logits(&adapted)?;
     drop(adapted);
     let mut fused = None;
@@ -59,7 +64,7 @@ pub fn fuse(model: &ModelFiles, adapter: &AdapterFile, output: &Path) -> Result<
         for shard in &shards {
             write_shard(shard, adapter, &beside(folder, shard))?;
         }
-        let difference = difference(&wanted, &logits(&decoder(model, folder)?)?);
+        let difference = difference(&wanted, &logits(&decoder(model, folder, &BTreeMap::new())?)?);
         if !difference.is_finite() || difference > MOST {
             let problem = format!(
                 "the fused model's logits differ by {difference:.3e} from the adapted one's; nothing is written"
@@ -84,9 +89,35 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The model in f32 with the weights of a folder.
-fn decoder(model: &ModelFiles, folder: &Path) -> Result<Decoder> {
-    let weights = weights::load(folder, &model.config, &Holding::dense(DType::F32), &Device::Cpu)?;
+/// Refuses DoRA, and whole tensors that have no place of their own in the model.
+fn check_parts(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
+    let mut problems = adapter.magnitudes();
+    let shapes: BTreeMap<String, Vec<usize>> = model.config.weight_shapes().into_iter().collect();
+    for (name, tensor) in &adapter.saved {
+        match shapes.get(name) {
+            // PEFT trains one side of a tied embedding; a fused model has one tensor for both.
+            Some(_) if model.config.tie_word_embeddings && name == "model.embed_tokens.weight" => {
+                problems.push(format!("{name}, whose tie to the output projection it breaks"));
+            }
+            Some(shape) if shape != tensor.dims() => {
+                problems.push(format!("{name} as {:?}, which is {shape:?} in the model", tensor.dims()));
+            }
+            Some(_) => {}
+            None => problems.push(format!("{name}, which the model does not have")),
+        }
+    }
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::setting("adapter", format!("cannot be fused: it has {}", problems.join("; "))))
+}
+
+/// The model in f32 with the weights of a folder, some of them replaced.
+fn decoder(model: &ModelFiles, folder: &Path, replaced: &BTreeMap<String, Tensor>) -> Result<Decoder> {
+    let mut weights = weights::load(folder, &model.config, &Holding::dense(DType::F32), &Device::Cpu)?;
+    for (name, tensor) in replaced {
+        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?.into());
+    }
     Decoder::new(&model.config, weights, &Device::Cpu)
 }
 
@@ -143,9 +174,16 @@ fn tensors<'a>(path: &Path, map: &'a [u8]) -> Result<SafeTensors<'a>> {
     SafeTensors::deserialize(map).map_err(|error| Error::file(path, format!("cannot be read: {error}")))
 }
 
-/// The module whose weight a tensor is.
-fn module_of<'a>(adapter: &'a AdapterFile, name: &str) -> Option<&'a Module> {
-    adapter.modules.get(name.strip_suffix(".weight")?)
+/// What happens to a tensor.
+#[derive(Clone, Copy)]
+enum Change<'a> {
+    Add(&'a Module),
+    Replace(&'a Tensor),
+}
+
+fn change<'a>(adapter: &'a AdapterFile, name: &str) -> Option<Change<'a>> {
+    let module = || adapter.modules.get(name.strip_suffix(".weight")?);
+    adapter.saved.get(name).map(Change::Replace).or_else(|| module().map(Change::Add))
 }
 
 /// Refuses weights that are to change and are no floats that a sum can be rounded to.
@@ -154,7 +192,7 @@ fn check_dtypes(shards: &[PathBuf], adapter: &AdapterFile) -> Result<()> {
     for shard in shards {
         let map = map(shard)?;
         for (name, view) in tensors(shard, &map)?.iter() {
-            if module_of(adapter, name).is_some() && !matches!(view.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16) {
+            if change(adapter, name).is_some() && !matches!(view.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16) {
                 wrong.push(format!("{name} is {:?}", view.dtype()));
             }
         }
@@ -169,13 +207,13 @@ fn check_dtypes(shards: &[PathBuf], adapter: &AdapterFile) -> Result<()> {
 fn write_shard(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
     let map = map(shard)?;
     let tensors = tensors(shard, &map)?;
-    if !tensors.names().into_iter().any(|name| module_of(adapter, name).is_some()) {
+    if !tensors.names().into_iter().any(|name| change(adapter, name).is_some()) {
         return copy(shard, to);
     }
     let failed = Mutex::new(None);
     let all = tensors.iter().map(|(name, view)| {
-        let module = module_of(adapter, name);
-        (name, Weight { view, module, failed: &failed })
+        let change = change(adapter, name);
+        (name, Weight { view, change, failed: &failed })
     });
     safetensors::serialize_to_file(all, header(shard, &map)?, to)
         .map_err(|error| Error::file(to, format!("cannot be written: {error}")))?;
@@ -189,7 +227,7 @@ fn write_shard(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
 /// A tensor of the model that is made as it is written.
 struct Weight<'a> {
     view: TensorView<'a>,
-    module: Option<&'a Module>,
+    change: Option<Change<'a>>,
     /// [`View::data`] has no way to fail; what it writes then is thrown away.
     failed: &'a Mutex<Option<Error>>,
 }
@@ -208,8 +246,8 @@ impl View for Weight<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let Some(module) = self.module else { return Cow::Borrowed(self.view.data()) };
-        match merged(&self.view, module) {
+        let Some(change) = self.change else { return Cow::Borrowed(self.view.data()) };
+        match changed(&self.view, change) {
             Ok(tensor) => Cow::Owned(tensor.data().into_owned()),
             Err(error) => {
                 self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
@@ -219,9 +257,13 @@ impl View for Weight<'_> {
     }
 }
 
-/// `W + s (A B)ᵀ` in W's dtype.
-fn merged(view: &TensorView, module: &Module) -> Result<Tensor> {
+/// `W + s (A B)ᵀ`, or what takes W's place, in W's dtype.
+fn changed(view: &TensorView, change: Change) -> Result<Tensor> {
     let dtype = DType::try_from(view.dtype())?;
+    let module = match change {
+        Change::Replace(tensor) => return Ok(tensor.to_dtype(dtype)?.contiguous()?),
+        Change::Add(module) => module,
+    };
     let weight = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?;
     let delta = module.b.t()?.matmul(&module.a.t()?)?;
     Ok((weight + (delta * module.scaling)?)?.to_dtype(dtype)?)
