@@ -3,8 +3,9 @@
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
 //! the values that it prints are limited, and it is parsed and run on a stack of its own, since the engine follows nesting by
-//! recursion. One hole is known: a list of the same list twice, sixty times over, is small, and turning it into a string (`~`,
-//! `string`, `join`) writes it out in full.
+//! recursion. One hole is known: a list of the same list twice, sixty times over, or a namespace that holds itself, is small;
+//! turning it into a string other than by printing it (`~`, `string`, `join`) runs on without end or past the stack. A namespace
+//! that holds itself is never freed.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, ValueKind};
