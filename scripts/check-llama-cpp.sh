@@ -15,9 +15,13 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cargo build --locked --bins --example logits
-tokens="5 17 63 2 40 40 9 33 1 12"
 for family in llama llama_linear mistral qwen2 qwen3; do
   model=tests/fixtures/gguf/$family.gguf adapter=tests/fixtures/$family/adapter
+  # llama.cpp computes these two without a window, so the row stays within it.
+  case $family in
+    mistral | qwen2) tokens="5 17 63 2" ;;
+    *) tokens="5 17 63 2 40 40 9 33 1 12" ;;
+  esac
   target/debug/metal-candle convert "$adapter" --to gguf --model "$model" --output "$work/$family.gguf" >/dev/null
   # shellcheck disable=SC2086
   target/debug/examples/logits "$model" --adapter "$adapter" $tokens >"$work/ours.json"

@@ -183,7 +183,7 @@ fn what_a_configuration_says_and_is_not_understood_is_refused_by_name() {
         (json!({"logit_scale": 0.5}), "not understood, so what they change would be missed: logit_scale"),
         (json!({"rope_interleaved": true}), "rope_interleaved"),
         (json!({"num_local_experts": 8, "q_lora_rank": 4}), "num_local_experts, q_lora_rank"),
-        (json!({"quantization_config": {"bits": 4}}), "quantization_config is set"),
+        (json!({"quantization_config": {"bits": 4}}), "quantization_config is {\"bits\":4}"),
         (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "the rotary scaling 'yarn' is not known"),
         (json!({"rope_scaling": {"type": "dynamic", "factor": 4.0}}), "the rotary scaling 'dynamic' is not known"),
         (json!({"rope_scaling": llama3}), "'llama3' lacks one of its numbers"),
