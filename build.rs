@@ -32,8 +32,14 @@ fn main() {
 
 /// `METAL_CANDLE_COMMIT`: the commit of a checkout, with `-dirty` where files were changed when this ran last; "unknown" of a package.
 fn name_commit() {
-    for path in [".git/HEAD", ".git/index", ".git/refs/heads"].into_iter().filter(|path| Path::new(path).exists()) {
-        println!("cargo::rerun-if-changed={path}");
+    // In a worktree `.git` is a file, and HEAD and refs lie in two other folders.
+    for name in ["HEAD", "index", "refs/heads"] {
+        let output = Command::new("git").args(["rev-parse", "--git-path", name]).output();
+        let path = output.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();
+        let path = String::from_utf8_lossy(&path).trim().to_string();
+        if Path::new(&path).exists() {
+            println!("cargo::rerun-if-changed={path}");
+        }
     }
     let output = Command::new("git").args(["describe", "--always", "--dirty", "--exclude=*"]).output();
     let text = output.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();

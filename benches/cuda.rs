@@ -170,7 +170,7 @@ mod cuda {
     /// Three linears of one input, for the sake of the comparison with the same weights.
     fn shared(i: &Inputs) -> [Part<'_>; 3] {
         let adapter = Some(Adapter { a: &i.a, b: &i.b, s: S, dropout: None });
-        [Part { w: &i.w, bias: None, adapter }; 3]
+        [Part { w: (&i.w).into(), bias: None, adapter }; 3]
     }
 
     fn shared_ways<'a>() -> Vec<Way<'a>> {

@@ -66,12 +66,9 @@ fn names_order_and_scaling_are_llama_cpps() {
             let b = written.tensor(&format!("blk.{layer}.{theirs}.weight.lora_b")).to_vec2::<f32>().unwrap();
             let want = module.b.t().unwrap().to_vec2::<f32>().unwrap();
             // llama.cpp turns neighbours of a head: row 2 j + i of one is row i D/2 + j here.
-            let half = if heads == 0 { 0 } else { want.len() / heads / 2 };
+            let half = want.len().checked_div(2 * heads);
             for (row, got) in b.iter().enumerate() {
-                let from = match heads {
-                    0 => row,
-                    _ => row / (2 * half) * 2 * half + row % 2 * half + row % (2 * half) / 2,
-                };
+                let from = half.map_or(row, |half| row / (2 * half) * 2 * half + row % 2 * half + row % (2 * half) / 2);
                 let factor = if path == odd { 3.0 } else { 1.0 };
                 let want: Vec<f32> = want[from].iter().map(|value| factor * value).collect();
                 let close = got.iter().zip(&want).all(|(got, want)| (got - want).abs() <= 1e-6 * want.abs());

@@ -1,7 +1,7 @@
 //! Weights that stay quantized in memory: rows of blocks, each a few bytes of scales and the codes of 32, 64 or 256 values.
 //!
 //! Products never see them whole in a wider type: on the CPU rows are widened a tile at a time, on a GPU
-//! [`dequantize`](crate::backend::custom_ops::dequantize) fills a buffer that lives for one product.
+//! [`dequantize`](fn@crate::backend::custom_ops::dequantize) fills a buffer that lives for one product.
 //!
 //! The Q kinds are llama.cpp's, byte for byte (github.com/ggml-org/ggml, `ggml-common.h`). NF4 is that of Dettmers et al., "QLoRA",
 //! 2023, as bitsandbytes has it with blocks of 64; its scales are kept as f32 here, also where a file quantized them again.

@@ -43,6 +43,7 @@ impl<'a> Rhs<'a> {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn len(self) -> usize {
         match self {
             Self::Plain(w) | Self::Transposed(w) => w.len(),

@@ -11,6 +11,8 @@ use super::linear::dot;
 pub struct Rows<'a> {
     x: &'a [f32],
     k: usize,
+    /// Which only the kernels of one architecture need.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     sums: Vec<f32>,
 }
 
