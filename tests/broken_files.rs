@@ -2,51 +2,23 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/watched.rs"]
+mod watched;
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use candle_core::{DType, Device};
-use metal_candle::models::ModelFiles;
 use metal_candle::models::chat_template::ChatTemplate;
+use metal_candle::models::{Holding, ModelConfig, ModelFiles, weights};
 use proptest::prelude::*;
-
-/// The largest request since the program began.
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
+use watched::{LARGEST, Watched};
 
 /// Far under what a broken count asks for; the largest request that was seen is 1 MiB.
 const LIMIT: usize = 4 << 20;
-
-struct Watched;
-
-// SAFETY: every call is passed on to the system's allocator as it came.
-unsafe impl GlobalAlloc for Watched {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: as this function's own.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: as this function's own.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
-        // SAFETY: as this function's own.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as this function's own.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Watched = Watched;
@@ -162,6 +134,24 @@ proptest! {
     fn safetensors(damage in damage(2_500)) {
         let (_dir, folder) = folder_with("model.safetensors", &damage);
         try_out(&folder);
+    }
+
+    #[test]
+    fn packed_weights(nf4: bool, header in damage(9_000), all in damage(190_000)) {
+        let good = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantized").join(if nf4 { "nf4" } else { "mlx4" });
+        let config = ModelConfig::from_json(&good.join("config.json")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for damage in [header, all] {
+            let file = damaged(fs::read(good.join("model.safetensors")).unwrap(), &damage);
+            fs::write(dir.path().join("model.safetensors"), file).unwrap();
+            if let Ok(kinds) = weights::kinds(dir.path(), &config) {
+                for kinds in [kinds, HashMap::new()] {
+                    let _ = weights::load(dir.path(), &config, &Holding { dtype: DType::F32, kinds }, &Device::Cpu);
+                }
+            }
+            let largest = LARGEST.load(Ordering::Relaxed);
+            assert!(largest < LIMIT, "{largest} bytes were asked for at once");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device, Tensor};
+use common::{good, refused};
 use metal_candle::training::adapter::AdapterFile;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -93,22 +94,6 @@ impl Place {
         let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
         names.sort_unstable();
         names
-    }
-}
-
-#[track_caller]
-fn good(output: &Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-#[track_caller]
-fn refused(output: &Output, code: i32, words: &[&str]) {
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{text}");
-    assert!(!text.contains("panicked"), "{text}");
-    for word in words {
-        assert!(text.contains(word), "'{word}' is missing: {text}");
     }
 }
 

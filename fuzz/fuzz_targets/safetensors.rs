@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use candle_core::{DType, Device};
 use libfuzzer_sys::fuzz_target;
-use metal_candle::models::{ModelConfig, weights};
+use metal_candle::models::{Holding, ModelConfig, weights};
 use metal_candle::training::adapter::AdapterFile;
 use metal_candle_fuzz::{bounded, file, folder, write};
 
@@ -24,6 +24,6 @@ fuzz_target!(|input: &[u8]| {
     write(folder, "model.safetensors", input);
     bounded(input, 1 << 20, 64, || {
         let _ = AdapterFile::load(folder);
-        let _ = weights::load(folder, config, DType::F32, &Device::Cpu);
+        let _ = weights::load(folder, config, &Holding::dense(DType::F32), &Device::Cpu);
     });
 });

@@ -306,13 +306,6 @@ impl Decoder {
         self.stamp
     }
 
-    /// Bytes of the embedding, the output projection and the linears' weights.
-    pub fn weight_bytes(&self) -> usize {
-        let linears = self.linears().map(|(_, linear)| linear.weight.size_in_bytes());
-        let ends = [Some(&self.embedding), self.head.as_ref()];
-        linears.chain(ends.into_iter().flatten().map(BaseWeight::size_in_bytes)).sum()
-    }
-
     /// The names of the weights that are quantized.
     pub fn quantized(&self) -> Vec<String> {
         let linears = self.linears().map(|(path, linear)| (path, &linear.weight));

@@ -77,14 +77,6 @@ impl BaseWeight {
             Self::Quantized(_) => None,
         }
     }
-
-    /// Bytes that it takes.
-    pub fn size_in_bytes(&self) -> usize {
-        match self {
-            Self::Dense(parameter) => parameter.value.elem_count() * parameter.value.dtype().size_in_bytes(),
-            Self::Quantized(tensor) => tensor.size_in_bytes(),
-        }
-    }
 }
 
 /// A LoRA adapter on a linear.

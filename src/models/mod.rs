@@ -141,7 +141,12 @@ impl ModelFiles {
             Source::Gguf(file) => gguf::kinds(file, &self.config)?,
         };
         if quantize != Quantize::Auto {
-            return Ok(Holding::linears(&self.config, quantize, dtype));
+            let holding = Holding::linears(&self.config, quantize, dtype);
+            holding.check(&self.config)?;
+            if let Some(note) = holding.differs_from(quantize) {
+                tracing::warn!("{note}");
+            }
+            return Ok(holding);
         }
         kinds.retain(|name, _| device.is_cpu() || holding::is_linear(name));
         Ok(Holding { dtype, kinds })

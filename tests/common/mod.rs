@@ -3,6 +3,8 @@
 
 pub mod tiny;
 
+use std::process::Output;
+
 use candle_core::{DType, Device, Tensor};
 use metal_candle::backend::dropout::philox;
 
@@ -125,4 +127,22 @@ pub fn assert_close(what: &str, got: &Tensor, want: &[f64]) {
 pub fn assert_within(what: &str, got: &Tensor, want: &[f64], limit: f64) {
     let error = relative_error(&f64s(got), want);
     assert!(error <= limit, "{what}: relative error {error:.3e} is over {limit:.1e}");
+}
+
+/// What a run of the program printed; it must have ended well.
+#[track_caller]
+pub fn good(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Fails unless a run of the program ended with this code and said all these words, without a panic.
+#[track_caller]
+pub fn refused(output: &Output, code: i32, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert!(!text.contains("panicked"), "{text}");
+    for word in words {
+        assert!(text.contains(word), "'{word}' is missing: {text}");
+    }
 }

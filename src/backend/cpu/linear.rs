@@ -111,7 +111,7 @@ fn for_weight_tiles(w: &Floats, k: usize, n: usize, mut f: impl FnMut(usize, &[f
 }
 
 /// `x Wᵀ` of each W, `[m, n]`, for few rows: in one go over all of them, since a processor's cores take longer to wake than a
-/// small product to make. Where all are bf16 the products are of bf16.
+/// small product to make. Sums are f32 of widened values, bf16 ones too.
 pub fn few_rows_shared(x: &Floats, all: &[Floats], k: usize) -> Vec<Vec<f32>> {
     let m = x.len() / k;
     let wide = x.to_f32();

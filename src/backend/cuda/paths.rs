@@ -109,6 +109,7 @@ pub fn paths() -> Vec<Path> {
         path("swiglu", FLOATS, "any other", "an element an access", false),
         path("embedding", FLOATS, "any", "a block a row; backward a block an id", true),
         path("cross_entropy", FLOATS, "any", "chunks of rows: linear, softmax and its gradient, linear", true),
+        path("dequantize", FLOATS, "any kind", "eight values a thread, into a buffer that lives for one product", true),
         path("adamw", "f32", "any", "one launch for all trained values", true),
     ]
 }
@@ -120,7 +121,7 @@ mod tests {
     #[test]
     fn every_op_has_a_fast_path() {
         let ops = ["fused_lora", "linear", "lora_linear", "attention", "rms_norm", "rope", "swiglu", "embedding"];
-        for op in ops.into_iter().chain(["cross_entropy", "adamw"]) {
+        for op in ops.into_iter().chain(["cross_entropy", "dequantize", "adamw"]) {
             assert!(paths().iter().any(|path| path.op == op && path.fast), "{op}");
         }
     }
