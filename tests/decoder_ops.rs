@@ -12,7 +12,7 @@ use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
 use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::custom_ops::{
-    attention, cross_entropy, embedding, geglu, linear, linear::linear as linear_on_tape, rms_norm, rope, swiglu,
+    attention, cross_entropy, dora, embedding, geglu, linear, linear::linear as linear_on_tape, rms_norm, rope, swiglu,
 };
 use metal_candle::backend::reference;
 use proptest::prelude::*;
@@ -78,6 +78,83 @@ fn assert_same(what: &str, got: &Tensor, want: &Tensor) {
 fn assert_refused<T>(result: metal_candle::Result<T>, op: &str, name: &str) {
     let text = result.err().map(|error| error.to_string()).unwrap_or_default();
     assert!(text.contains(op) && text.contains(name) && text.contains("not contiguous"), "'{text}'");
+}
+
+/// The norms of W + s (A B)ᵀ, and y, du and dm; `bias`: of another dtype than x.
+fn check_dora(leading: &[usize], sizes: reference::dora::Sizes, dtype: DType, bias: Option<DType>) {
+    let reference::dora::Sizes { k, r, n } = sizes;
+    let what = format!("dora {leading:?} + [{n}], k {k}, r {r}, {dtype:?}");
+    let shape = [leading, &[n]].concat();
+    let (w, s) = (random(&[n, k], dtype, 1), 5.0 / 3.0);
+    let (a, b) = (random(&[k, r], DType::F32, 2), random(&[r, n], DType::F32, 3));
+    let adapted = reference::dora::adapted(&f64s(&w), &f64s(&a), &f64s(&b), s, sizes);
+    let want_norms = reference::dora::norms(&adapted, k);
+    let squares = dora::squared_norms(&w).unwrap();
+    assert_within(
+        &format!("{what}: squares"),
+        &squares,
+        &reference::dora::norms(&f64s(&w), k).iter().map(|v| v * v).collect::<Vec<_>>(),
+        1e-5,
+    );
+    let norm = dora::norms(&w, &squares, &a, &b, s).unwrap();
+    // On a GPU the part that W and the adapter share has W's dtype.
+    let limit = if w.device().is_cpu() { 1e-5 } else { tolerance(dtype) };
+    assert_within(&format!("{what}: norms"), &norm, &want_norms, limit);
+
+    let (u, g, residual) = (random(&shape, dtype, 4), random(&shape, dtype, 5), random(&shape, dtype, 6));
+    let m = (random(&[n], DType::F32, 7) + 2.0).unwrap();
+    let c = (&m / &norm).unwrap();
+    let bias = bias.map(|dtype| random(&[n], dtype, 8));
+    let (cs, bs) = (f64s(&c), bias.as_ref().map_or(vec![0.0; n], f64s));
+    let plain: Vec<f64> = f64s(&u).iter().enumerate().map(|(at, u)| cs[at % n] * u + bs[at % n]).collect();
+    let y = dora::forward(&offset(&u), &offset(&c), bias.as_ref(), None).unwrap();
+    assert_close(&format!("{what}: y"), &y, &plain);
+    let y = dora::forward(&u, &c, bias.as_ref(), Some(&offset(&residual))).unwrap();
+    let with_residual: Vec<f64> = plain.iter().zip(f64s(&residual)).map(|(y, residual)| y + residual).collect();
+    assert_close(&format!("{what}: y with a residual"), &y, &with_residual);
+
+    let (want_du, want_dm) = reference::dora::backward(&f64s(&u), &f64s(&m), &f64s(&norm), &f64s(&g));
+    let dm = ones(&m, DType::F32);
+    let du = dora::backward(&offset(&u), &offset(&g), &c, &norm, Some(&dm)).unwrap();
+    assert_close(&format!("{what}: du"), &du, &want_du);
+    assert_within(&format!("{what}: dm"), &dm, &plus_one(&want_dm), 1e-5);
+    assert_same(&what, &dora::backward(&u, &g, &c, &norm, None).unwrap(), &du);
+
+    let (u, m) = (var(&u), var(&m));
+    let y = dora::dora(&u, &m, &norm).unwrap();
+    let [of_u, of_m] = tape_gradients(&y, &g, [&u, &m]);
+    assert_close(&format!("{what}: the tape's du"), &of_u, &want_du);
+    assert_within(&format!("{what}: the tape's dm"), &of_m, &want_dm, 1e-5);
+}
+
+#[test]
+fn dora_agrees_with_the_reference() {
+    let sizes = |k, r, n| reference::dora::Sizes { k, r, n };
+    for dtype in FLOATS {
+        check_dora(&[7], sizes(24, 3, 16), dtype, None);
+        check_dora(&[2, 70], sizes(33, 1, 21), dtype, Some(DType::F32));
+        check_dora(&[1], sizes(5, 8, 1), dtype, Some(dtype));
+        check_dora(&[130], sizes(64, 16, 200), dtype, Some(dtype));
+    }
+}
+
+#[test]
+fn dora_refuses_what_does_not_fit() {
+    let u = random(&[3, 8], DType::F32, 1);
+    let short = random(&[7], DType::F32, 2);
+    let c = random(&[8], DType::F32, 3);
+    for (result, name) in [
+        (dora::forward(&u, &short, None, None).map(drop), "c"),
+        (dora::forward(&u, &c, Some(&short), None).map(drop), "bias"),
+        (dora::forward(&u, &c, None, Some(&c)).map(drop), "residual"),
+        (dora::backward(&u, &u, &c, &short, None).map(drop), "norm"),
+        (dora::backward(&u, &u, &c, &c, Some(&short)).map(drop), "dm"),
+        (dora::norms(&u, &c, &c, &c, 1.0).map(drop), "a"),
+    ] {
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains("dora") && text.contains(name), "{text}");
+    }
+    assert_refused(dora::forward(&transposed(&u), &c, None, None), "dora", "u");
 }
 
 fn check_rms_norm(leading: &[usize], n: usize, dtype: DType, weight_dtype: DType) {

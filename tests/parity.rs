@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use metal_candle::backend::custom_ops::adamw::AdamW;
 use metal_candle::backend::custom_ops::cross_entropy::IGNORE;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
-use metal_candle::models::linear::{Adapter, DropoutRound};
+use metal_candle::models::linear::{Adapter, DropoutRound, Magnitude, Parameter};
 use metal_candle::models::{Holding, ModelConfig, weights};
 use metal_candle::training::adapter::{AdapterFile, Module};
 use metal_candle::training::params::Params;
@@ -61,6 +61,11 @@ impl Fixture {
         batch(&self.json)
     }
 
+    /// What fifty steps of PEFT came to.
+    fn steps(&self) -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(self.folder.join("steps.json")).unwrap()).unwrap()
+    }
+
     /// The decoder with PEFT's adapter, trainable.
     fn with_adapter(&self) -> (Decoder, Params) {
         self.with_adapter_in(DType::F32)
@@ -81,7 +86,7 @@ impl Fixture {
         let mut decoder = self.decoder_in(dtype);
         for ((path, module), pair) in file.modules.iter().zip(params.named().unwrap().chunks_exact(2)) {
             let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-            let adapter = Adapter { a, b, scaling: module.scaling, dropout: 0.0, number: 0 };
+            let adapter = Adapter { a, b, scaling: module.scaling, dropout: 0.0, number: 0, magnitude: None };
             decoder.attach(path, Some(adapter)).unwrap();
         }
         (decoder, params)
@@ -164,35 +169,74 @@ fn logits_gradients_and_three_steps() {
 /// Fifty steps with weight decay, clipping and a schedule end where PEFT's end. In bf16 the losses stay within 3 % of f32's.
 #[test]
 fn fifty_steps_stay_with_peft() {
-    for (device, dtype, limit) in
-        devices().into_iter().flat_map(|d| [(d.clone(), DType::F32, TOLERANCE), (d, DType::BF16, 0.03)])
-    {
+    for (device, dtype, limit) in precisions() {
         let fixture = Fixture::open("llama", &device);
-        let steps: serde_json::Value =
-            serde_json::from_slice(&std::fs::read(fixture.folder.join("steps.json")).unwrap()).unwrap();
-        let ends = candle_core::safetensors::load(fixture.folder.join("steps.safetensors"), &Device::Cpu).unwrap();
         let (decoder, params) = fixture.with_adapter_in(dtype);
-        let batches: Vec<Batch> = steps["batches"].as_array().unwrap().iter().map(batch).collect();
-        let (rates, losses) = (steps["rates"].as_array().unwrap(), steps["losses"].as_array().unwrap());
-        assert_eq!((rates.len(), losses.len()), (50, 50));
-        let mut worst = 0.0f64;
-        for (i, (rate, want)) in rates.iter().zip(losses).enumerate() {
-            let batch = &batches[i % batches.len()];
-            params.zero_gradients().unwrap();
-            let loss = decoder.loss_and_gradients(batch, pass(batch, Checkpointing::None)).unwrap().mean();
-            worst = worst.max((loss / want.as_f64().unwrap() - 1.0).abs());
-            assert!(worst <= limit, "{dtype:?}, step {i}: the loss is {loss} instead of {want}");
-            let norm = params.gradient_norm().unwrap();
-            let learning_rate = rate.as_f64().unwrap();
-            let optimizer = AdamW { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
-            params.step(&optimizer, (1.0 / (norm + 1e-6)).min(1.0) as f32, i + 1).unwrap();
-        }
-        let named = params.named().unwrap();
-        let ends = named.iter().map(|(name, parameter)| distance(&parameter.value, &ends[*name].t().unwrap()));
-        let end = ends.fold(0.0f64, f64::max);
-        println!("{dtype:?} on {:?}: losses within {worst:.1e}, adapters within {end:.1e}", device.location());
-        assert!(dtype != DType::F32 || end < TOLERANCE, "the adapters differ by {end}");
+        stays_with_peft(&fixture, &decoder, &params, dtype, limit);
     }
+}
+
+/// The same of a DoRA adapter on linears with a bias, with B and the magnitudes at LoRA+'s learning rate.
+#[test]
+fn fifty_steps_of_dora_and_lora_plus_stay_with_peft() {
+    for (device, dtype, limit) in precisions() {
+        let fixture = Fixture::open("qwen2", &device);
+        let file = AdapterFile::load(&fixture.folder.join("dora")).unwrap();
+        let mut decoder = fixture.decoder_in(dtype);
+        let (mut slow, mut fast) = (Vec::new(), Vec::new());
+        for (path, Module { a, b, magnitude, .. }) in &file.modules {
+            slow.push((format!("{path}.lora_A.weight"), a.clone()));
+            fast.push((format!("{path}.lora_B.weight"), b.clone()));
+            fast.push((format!("{path}.lora_magnitude_vector.weight"), magnitude.clone().unwrap()));
+        }
+        let ratio = fixture.steps()["loraplus_ratio"].as_f64().unwrap();
+        let params = Params::grouped(vec![(1.0, slow), (ratio, fast)], &device).unwrap();
+        let mut named: HashMap<&str, Parameter> = params.named().unwrap().into_iter().collect();
+        for (path, module) in &file.modules {
+            let mut take = |part: &str| named.remove(format!("{path}.{part}.weight").as_str()).unwrap();
+            let (a, b, m) = (take("lora_A"), take("lora_B"), take("lora_magnitude_vector"));
+            let weight = decoder.linear_mut(path).unwrap().weight.clone();
+            let magnitude = Magnitude::of(&weight, &a.value, &b.value, module.scaling).unwrap();
+            let magnitude = Some(magnitude.trained(m));
+            let adapter = Adapter { a, b, scaling: module.scaling, dropout: 0.0, number: 0, magnitude };
+            decoder.attach(path, Some(adapter)).unwrap();
+        }
+        stays_with_peft(&fixture, &decoder, &params, dtype, limit);
+    }
+}
+
+fn precisions() -> Vec<(Device, DType, f64)> {
+    let of = |device: Device| [(device.clone(), DType::F32, TOLERANCE), (device, DType::BF16, 0.03)];
+    devices().into_iter().flat_map(of).collect()
+}
+
+fn stays_with_peft(fixture: &Fixture, decoder: &Decoder, params: &Params, dtype: DType, limit: f64) {
+    let steps = fixture.steps();
+    let ends = candle_core::safetensors::load(fixture.folder.join("steps.safetensors"), &Device::Cpu).unwrap();
+    let batches: Vec<Batch> = steps["batches"].as_array().unwrap().iter().map(batch).collect();
+    let (rates, losses) = (steps["rates"].as_array().unwrap(), steps["losses"].as_array().unwrap());
+    assert_eq!((rates.len(), losses.len()), (50, 50));
+    let mut worst = 0.0f64;
+    for (i, (rate, want)) in rates.iter().zip(losses).enumerate() {
+        let batch = &batches[i % batches.len()];
+        params.zero_gradients().unwrap();
+        let loss = decoder.loss_and_gradients(batch, pass(batch, Checkpointing::None)).unwrap().mean();
+        worst = worst.max((loss / want.as_f64().unwrap() - 1.0).abs());
+        assert!(worst <= limit, "{dtype:?}, step {i}: the loss is {loss} instead of {want}");
+        let norm = params.gradient_norm().unwrap();
+        let learning_rate = rate.as_f64().unwrap();
+        let optimizer = AdamW { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+        params.step(&optimizer, (1.0 / (norm + 1e-6)).min(1.0) as f32, i + 1).unwrap();
+    }
+    let named = params.named().unwrap();
+    let end = named.iter().map(|(name, parameter)| {
+        let want = &ends[*name];
+        let want = if want.rank() == 2 { want.t().unwrap() } else { want.clone() };
+        distance(&parameter.value, &want)
+    });
+    let end = end.fold(0.0f64, f64::max);
+    println!("{dtype:?} on {:?}: losses within {worst:.1e}, adapters within {end:.1e}", fixture.device.location());
+    assert!(dtype != DType::F32 || end < TOLERANCE, "the adapters differ by {end}");
 }
 
 #[test]

@@ -102,7 +102,9 @@ fn the_tape_gives_the_trainers_gradients() {
         let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
         let var = |tensor: &Tensor| Var::from_tensor(&tensor.copy().unwrap()).unwrap();
         adapters.insert(path.clone(), (var(&a.value), var(&b.value)));
-        decoder.attach(&path, Some(Adapter { a, b, scaling: SCALING, dropout: 0.0, number: 0 })).unwrap();
+        decoder
+            .attach(&path, Some(Adapter { a, b, scaling: SCALING, dropout: 0.0, number: 0, magnitude: None }))
+            .unwrap();
     }
     let tokens: Vec<u32> = (0..23).map(|i| (i * i + 3) % 60).collect();
     let mut targets: Vec<u32> = tokens[1..].to_vec();

@@ -5,6 +5,7 @@ pub mod attention;
 pub mod cross_entropy;
 #[cfg(test)]
 mod differences;
+pub mod dora;
 pub mod embedding;
 pub mod fused_lora;
 pub mod linear;

@@ -83,8 +83,8 @@ pub fn run(settings: &Settings) -> Outcome {
     println!("exact match on held-out rows: {} before, {} after\n", share(&before), share(&after));
     println!("Try it:");
     let model = match settings.trainer.fine_tune_type {
-        FineTuneType::Lora => format!("--model {FOLDER}/base --adapter-path {}", adapter_path.display()),
         FineTuneType::Full => format!("--model {}", adapter_path.display()),
+        _ => format!("--model {FOLDER}/base --adapter-path {}", adapter_path.display()),
     };
     println!("  metal-candle generate {model} \\\n    --prompt \"{TRY}\"");
     Ok(())

@@ -89,7 +89,7 @@ struct Flags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", help_heading = "Adapter")]
     #[serde(skip_serializing_if = "Option::is_none")]
     use_rslora: Option<bool>,
-    /// How A is drawn [default: default]
+    /// How the adapters begin [default: default]
     #[arg(long, value_name = "KIND", help_heading = "Adapter")]
     #[serde(skip_serializing_if = "Option::is_none")]
     init_lora_weights: Option<Initial>,
@@ -126,6 +126,10 @@ struct Flags {
     #[arg(long, value_name = "RATE", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
     learning_rate: Option<f64>,
+    /// LoRA+: B is trained at so many times the learning rate of A; 16 is usual [default: 1]
+    #[arg(long, value_name = "RATIO", help_heading = "Training")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loraplus_ratio: Option<f64>,
     /// What follows the warm-up [default: cosine]
     #[arg(long, value_name = "KIND", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -198,6 +202,8 @@ struct Flags {
 enum FineTune {
     /// Low-rank adapters on frozen weights
     Lora,
+    /// Low-rank adapters and a length for each row of the adapted weight
+    Dora,
     /// Every weight
     Full,
 }
@@ -205,10 +211,14 @@ enum FineTune {
 #[derive(Clone, Copy, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Initial {
-    /// Uniform within ±1/√k
+    /// A uniform within ±1/√k, B zero
     Default,
-    /// Normal with deviation 1/r
+    /// A normal with deviation 1/r, B zero
     Gaussian,
+    /// The largest singular values of each weight, which keeps the rest
+    Pissa,
+    /// The first columns and rows of each weight's QR, which keeps the rest
+    Olora,
 }
 
 #[derive(Clone, Copy, ValueEnum, Serialize)]

@@ -1,7 +1,6 @@
 //! Several adapters over one model, of which one is active.
 
-use crate::models::decoder::Decoder;
-use crate::models::linear::Adapter;
+use crate::models::decoder::{Decoder, Fitted};
 use crate::training::adapter::AdapterFile;
 use crate::{Error, Result};
 
@@ -28,19 +27,18 @@ pub struct AdapterRegistry {
     adapters: Vec<Named>,
     active: Option<usize>,
     /// What is set when none is active.
-    bare: Vec<Option<Adapter>>,
+    bare: Fitted,
 }
 
 struct Named {
     name: String,
-    /// In the order of [`Decoder::linears`].
-    linears: Vec<Option<Adapter>>,
+    fitted: Fitted,
 }
 
 impl AdapterRegistry {
     /// A registry without adapters. One that the decoder carries goes.
     pub fn new(mut decoder: Decoder) -> Result<Self> {
-        let bare = vec![None; decoder.linears().count()];
+        let bare = decoder.bare();
         decoder.set_adapters(&bare)?;
         Ok(Self { decoder, adapters: Vec::new(), active: None, bare })
     }
@@ -67,12 +65,16 @@ impl AdapterRegistry {
             let problem = format!("its name is taken; there are {}", self.names());
             return Err(Error::setting(format!("adapter '{name}'"), problem));
         }
-        let linears = adapter.fitted(&self.decoder, self.decoder.device());
-        let linears = linears.map_err(|error| match error {
+        // DoRA's scales and the shapes of whole tensors are those of the base.
+        let active = self.active;
+        self.activate(None)?;
+        let fitted = adapter.fitted(&self.decoder, self.decoder.device());
+        self.set(active)?;
+        let fitted = fitted.map_err(|error| match error {
             Error::Setting { problem, .. } => Error::setting(format!("adapter '{name}'"), problem),
             other => other,
         })?;
-        self.adapters.push(Named { name: name.to_string(), linears });
+        self.adapters.push(Named { name: name.to_string(), fitted });
         Ok(())
     }
 
@@ -82,10 +84,7 @@ impl AdapterRegistry {
     /// A name that is not on the list, which the error gives; the active adapter stays.
     pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
         let index = name.map(|name| self.index(name)).transpose()?;
-        let linears = index.map_or(&self.bare, |index| &self.adapters[index].linears);
-        self.decoder.set_adapters(linears)?;
-        self.active = index;
-        Ok(())
+        self.set(index)
     }
 
     /// Takes an adapter off the list and frees it. If it was the active one, none is.
@@ -110,6 +109,12 @@ impl AdapterRegistry {
     /// The name of the active adapter.
     pub fn active(&self) -> Option<&str> {
         self.active.map(|index| self.adapters[index].name.as_str())
+    }
+
+    fn set(&mut self, index: Option<usize>) -> Result<()> {
+        self.decoder.set_adapters(index.map_or(&self.bare, |index| &self.adapters[index].fitted))?;
+        self.active = index;
+        Ok(())
     }
 
     fn index(&self, name: &str) -> Result<usize> {

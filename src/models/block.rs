@@ -4,7 +4,7 @@
 
 use candle_core::Tensor;
 
-use super::linear::{self, DropoutRound, Linear, Parameter};
+use super::linear::{self, DropoutRound, Linear, Parameter, Products};
 use crate::Result;
 use crate::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use crate::backend::custom_ops::swiglu::Activation;
@@ -63,7 +63,7 @@ pub struct Saved {
     m: Tensor,
     gate: Tensor,
     up: Tensor,
-    h: AdapterProducts,
+    products: BlockProducts,
 }
 
 /// Queries or keys after norm and rotation; with a head norm, also its input and rstd.
@@ -72,15 +72,15 @@ struct Head {
     norm: Option<(Tensor, Tensor)>,
 }
 
-/// h = x A of each adapter.
-struct AdapterProducts {
-    q: Option<Tensor>,
-    k: Option<Tensor>,
-    v: Option<Tensor>,
-    o: Option<Tensor>,
-    gate: Option<Tensor>,
-    up: Option<Tensor>,
-    down: Option<Tensor>,
+/// What each linear's backward needs beside its input.
+struct BlockProducts {
+    q: Products,
+    k: Products,
+    v: Products,
+    o: Products,
+    gate: Products,
+    up: Products,
+    down: Products,
 }
 
 impl Block {
@@ -94,7 +94,7 @@ impl Block {
     ) -> Result<(Tensor, Saved)> {
         let eps = self.shape.norm_eps;
         let (input, _) = rms_norm::forward(x, &self.input_norm.value, eps)?;
-        let [(q, hq), (k, hk), (v, hv)] = linear::forward([&self.q, &self.k, &self.v], &input, pass.round)?;
+        let [(q, of_q), (k, of_k), (v, of_v)] = linear::forward([&self.q, &self.k, &self.v], &input, pass.round)?;
         drop(input);
         let q = self.head(q, self.shape.heads, self.q_norm.as_ref(), pass)?;
         let mut k = self.head(k, self.shape.kv_heads, self.k_norm.as_ref(), pass)?;
@@ -105,42 +105,42 @@ impl Block {
 
         let (o, lse) = attention::forward(&q.rotated, &k.rotated, &v, self.attention_args(pass))?;
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
-        let (m, ho) = linear::forward_add(&self.o, &flat, x, pass.round)?;
+        let (m, of_o) = linear::forward_add(&self.o, &flat, x, pass.round)?;
         let (post, _) = rms_norm::forward(&m, &self.post_norm.value, eps)?;
 
-        let [(gate, hgate), (up, hup)] = linear::forward([&self.gate, &self.up], &post, pass.round)?;
+        let [(gate, of_gate), (up, of_up)] = linear::forward([&self.gate, &self.up], &post, pass.round)?;
         drop(post);
         let act = swiglu::forward(&gate, &up, Activation::Silu)?;
-        let (y, hdown) = linear::forward_add(&self.down, &act, &m, pass.round)?;
-        let h = AdapterProducts { q: hq, k: hk, v: hv, o: ho, gate: hgate, up: hup, down: hdown };
-        Ok((y, Saved { x: x.clone(), q, k, v, o, lse, m, gate, up, h }))
+        let (y, of_down) = linear::forward_add(&self.down, &act, &m, pass.round)?;
+        let products = BlockProducts { q: of_q, k: of_k, v: of_v, o: of_o, gate: of_gate, up: of_up, down: of_down };
+        Ok((y, Saved { x: x.clone(), q, k, v, o, lse, m, gate, up, products }))
     }
 
     /// Takes the output's gradient `g` `[T, hidden]`, turns it in place into the input's, and adds the gradients of the
     /// trained parameters to their buffers. With `input_gradient` false the lowest products that only `dx` needs are left
     /// out and `g` is of no further use.
     pub fn backward(&self, saved: Saved, g: Tensor, pass: &Pass, input_gradient: bool) -> Result<Tensor> {
-        let Saved { x, q, k, v, o, lse, m, gate, up, h } = saved;
+        let Saved { x, q, k, v, o, lse, m, gate, up, products: of } = saved;
         let eps = self.shape.norm_eps;
         let round = pass.round;
         let tokens = x.dim(0)?;
 
         // The gradient of SwiGLU's output takes the place of that output, which comes back in it, and those of gate and up take theirs.
-        let act = linear::input_gradient(&self.down, &gate, h.down.as_ref(), &g, round)?;
+        let act = linear::input_gradient(&self.down, &gate, &of.down, &g, round)?;
         let (d_gate, d_up) = (gate, up);
         swiglu::backward_in_place(&d_gate, &d_up, &act, Activation::Silu)?;
-        linear::backward([&self.down], &act, [h.down.as_ref()], [&g], round, false)?;
+        linear::backward([&self.down], &act, [&of.down], [&g], round, false)?;
         drop(act);
         let norm = &self.post_norm;
         let (post, rstd) = rms_norm::forward(&m, &norm.value, eps)?;
-        let (linears, saved_h) = ([&self.gate, &self.up], [h.gate.as_ref(), h.up.as_ref()]);
-        let d_post = input_gradient_of(linears, &post, saved_h, [&d_gate, &d_up], round)?;
+        let (linears, products) = ([&self.gate, &self.up], [&of.gate, &of.up]);
+        let d_post = input_gradient_of(linears, &post, products, [&d_gate, &d_up], round)?;
         drop((d_gate, d_up, post));
         rms_norm::backward(&m, &norm.value, &rstd, &d_post, &g, norm.grad.as_ref())?;
         drop((m, d_post));
 
         let flat = o.reshape((tokens, self.shape.heads * self.shape.head_dim))?;
-        let d_o = input_gradient_of([&self.o], &flat, [h.o.as_ref()], [&g], round)?.reshape(o.shape())?;
+        let d_o = input_gradient_of([&self.o], &flat, [&of.o], [&g], round)?.reshape(o.shape())?;
         let (dq, dk, dv) = attention::backward(&q.rotated, &k.rotated, &v, &o, &lse, &d_o, self.attention_args(pass))?;
         let dq = self.head_backward(dq, q.norm, self.q_norm.as_ref(), pass)?;
         let dk = self.head_backward(dk, k.norm, self.k_norm.as_ref(), pass)?;
@@ -148,9 +148,9 @@ impl Block {
 
         let norm = &self.input_norm;
         let (input, rstd) = rms_norm::forward(&x, &norm.value, eps)?;
-        let (linears, saved_h) = ([&self.q, &self.k, &self.v], [h.q.as_ref(), h.k.as_ref(), h.v.as_ref()]);
+        let (linears, products) = ([&self.q, &self.k, &self.v], [&of.q, &of.k, &of.v]);
         let wanted = input_gradient || norm.grad.is_some();
-        let d_input = linear::backward(linears, &input, saved_h, [&dq, &dk, &dv], round, wanted)?;
+        let d_input = linear::backward(linears, &input, products, [&dq, &dk, &dv], round, wanted)?;
         if let Some(d_input) = d_input {
             rms_norm::backward(&x, &norm.value, &rstd, &d_input, &g, norm.grad.as_ref())?;
         }
@@ -220,11 +220,11 @@ impl Block {
 fn input_gradient_of<const N: usize>(
     linears: [&Linear; N],
     x: &Tensor,
-    h: [Option<&Tensor>; N],
+    products: [&Products; N],
     g: [&Tensor; N],
     round: Option<DropoutRound>,
 ) -> Result<Tensor> {
-    let dx = linear::backward(linears, x, h, g, round, true)?;
+    let dx = linear::backward(linears, x, products, g, round, true)?;
     let Some(dx) = dx else { unreachable!("the input's gradient was asked for") };
     Ok(dx)
 }

@@ -3,6 +3,8 @@
 //!
 //! Rows of a batch are laid end to end without padding: activations are `[T, ...]` with T the tokens of all rows.
 
+mod fitted;
+
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +13,9 @@ use candle_core::{Device, Tensor};
 
 use super::ModelConfig;
 use super::block::{Block, BlockShape, LINEAR_NAMES, Pass, Saved};
-use super::linear::{Adapter, BaseWeight, DropoutRound, Linear, Parameter};
+pub use fitted::Fitted;
+
+use super::linear::{BaseWeight, DropoutRound, Linear, Parameter};
 use crate::backend::cpu::on_pool;
 use crate::backend::custom_ops::attention::Sequence;
 use crate::backend::custom_ops::cross_entropy::{self, Loss};
@@ -83,6 +87,8 @@ pub struct Decoder {
     head: Option<BaseWeight>,
     rope: RopeTables,
     stamp: u64,
+    /// What stood in the places of an adapter's whole tensors, in the order that they were put there; `None`: a tied head.
+    replaced: Vec<(String, Option<BaseWeight>)>,
 }
 
 /// A number that no decoder of this process has had.
@@ -157,7 +163,16 @@ impl Decoder {
         let norm = take(take_weight("model.norm.weight".into())?, "model.norm.weight")?;
         let head = if config.tie_word_embeddings { None } else { Some(take_weight("lm_head.weight".into())?) };
         let rope = RopeTables::new(config.inv_freq(), device.clone());
-        Ok(Self { config: config.clone(), embedding, blocks, norm, head, rope, stamp: next_stamp() })
+        Ok(Self {
+            config: config.clone(),
+            embedding,
+            blocks,
+            norm,
+            head,
+            rope,
+            stamp: next_stamp(),
+            replaced: Vec::new(),
+        })
     }
 
     /// The summed loss of a batch, without gradients.
@@ -267,43 +282,14 @@ impl Decoder {
         })
     }
 
-    /// Attaches an adapter to the linear at a module path, in place of any it had.
-    pub fn attach(&mut self, path: &str, adapter: Option<Adapter>) -> Result<()> {
-        let place = path.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
-        let place = place.and_then(|(layer, name)| Some((layer.parse::<usize>().ok()?, name)));
-        let linear = place.and_then(|(layer, name)| {
-            let linears = self.blocks.get_mut(layer)?.linears_mut();
-            linears.into_iter().find(|(linear, _)| *linear == name)
-        });
-        let (_, linear) = linear.ok_or_else(|| Error::setting(path, "the model has no linear of this name"))?;
-        linear.adapter = adapter;
-        self.stamp = next_stamp();
-        Ok(())
-    }
-
-    /// Sets the adapters of all linears, in the order of [`Decoder::linears`]; a linear without one loses any that it had.
-    /// Tensors are shared, not copied.
-    ///
-    /// # Errors
-    /// A list that is not as long as there are linears; nothing is changed then.
-    pub fn set_adapters(&mut self, adapters: &[Option<Adapter>]) -> Result<()> {
-        let count = self.blocks.len() * LINEAR_NAMES.len();
-        if adapters.len() != count {
-            let problem = format!("the model has {count} linears, the list {} adapters", adapters.len());
-            return Err(Error::setting("adapters", problem));
-        }
-        let linears = self.blocks.iter_mut().flat_map(|block| block.linears_mut());
-        for ((_, linear), adapter) in linears.zip(adapters) {
-            linear.adapter.clone_from(adapter);
-        }
-        self.stamp = next_stamp();
-        Ok(())
-    }
-
     /// Names what the decoder computes: another number after every change of adapters or weights through this type, and in
     /// every other decoder. Keys and values belong to the number that they were made under.
     pub fn stamp(&self) -> u64 {
         self.stamp
+    }
+
+    fn changed(&mut self) {
+        self.stamp = next_stamp();
     }
 
     /// The names of the weights that are quantized.
@@ -317,7 +303,7 @@ impl Decoder {
 
     /// Every weight of the model that is not quantized, by its Hugging Face name, to read or to train.
     pub fn parameters_mut(&mut self) -> Vec<(String, &mut Parameter)> {
-        self.stamp = next_stamp();
+        self.changed();
         let mut all: Vec<(String, &mut Parameter)> = Vec::new();
         all.extend(self.embedding.dense_mut().map(|weight| ("model.embed_tokens.weight".to_string(), weight)));
         for (layer, block) in self.blocks.iter_mut().enumerate() {

@@ -20,8 +20,8 @@ use serde_json::{Map, Value};
 
 use crate::models::ModelConfig;
 use crate::models::block::LINEAR_NAMES;
-use crate::models::decoder::Decoder;
-use crate::models::linear::{Adapter, Parameter};
+use crate::models::decoder::{Decoder, Fitted};
+use crate::models::linear::{Adapter, Magnitude, Parameter};
 use crate::{Error, Result};
 use names::in_block;
 pub use sum::sum;
@@ -149,6 +149,7 @@ impl AdapterFile {
                 _ => {}
             }
         }
+        problems.extend(self.misplaced(config));
         if let Some(targets) = &self.targets {
             let chosen = sizes.keys().filter(|path| targets.include(path, config.num_layers));
             let without = chosen.filter(|path| !self.modules.contains_key(*path));
@@ -163,33 +164,48 @@ impl AdapterFile {
         Err(Error::setting("adapter", format!("it does not fit the model{made_for}: {}", problems.join("; "))))
     }
 
+    /// The whole tensors that the model has no place for. A tied output projection gets one of its own.
+    fn misplaced(&self, config: &ModelConfig) -> Vec<String> {
+        let mut shapes: BTreeMap<String, Vec<usize>> = config.weight_shapes().into_iter().collect();
+        shapes.entry("lm_head.weight".into()).or_insert_with(|| vec![config.vocab_size, config.hidden_size]);
+        let saved = self.saved.iter().filter_map(|(name, tensor)| match shapes.get(name) {
+            Some(shape) if shape == tensor.dims() => None,
+            Some(shape) => Some(format!("{name} is {shape:?} in the model, {:?} in the adapter", tensor.dims())),
+            None => Some(format!("the model has no tensor {name}")),
+        });
+        saved.collect()
+    }
+
     /// Puts the adapter on a model, in place of any that it has.
     ///
     /// # Errors
-    /// As [`AdapterFile::fitted`]; nothing is attached then.
+    /// As [`AdapterFile::fitted`]; the model is without adapters then.
     pub fn attach(&self, decoder: &mut Decoder, device: &Device) -> Result<()> {
+        decoder.set_adapters(&decoder.bare())?;
         let adapters = self.fitted(decoder, device)?;
         decoder.set_adapters(&adapters)
     }
 
-    /// The adapters of a model's linears, in the order of [`Decoder::linears`].
+    /// As a model takes it. The model must be without adapters: DoRA's scales are those of its own weights.
     ///
     /// # Errors
-    /// As [`AdapterFile::check_fits`]; parts that the decoder does not run.
-    pub fn fitted(&self, decoder: &Decoder, device: &Device) -> Result<Vec<Option<Adapter>>> {
+    /// As [`AdapterFile::check_fits`].
+    pub fn fitted(&self, decoder: &Decoder, device: &Device) -> Result<Fitted> {
         self.check_fits(&decoder.config)?;
-        self.check_plain("a model runs")?;
-        let adapters = decoder.linears().enumerate().map(|(number, (path, _))| {
-            let Some(module) = self.modules.get(&path) else { return Ok(None) };
-            Ok(Some(Adapter {
-                a: Parameter::frozen(module.a.to_device(device)?),
-                b: Parameter::frozen(module.b.to_device(device)?),
-                scaling: module.scaling,
-                dropout: 0.0,
-                number: number as u32,
-            }))
+        let adapters = decoder.linears().enumerate().map(|(number, (path, linear))| {
+            let Some(Module { a, b, scaling, magnitude }) = self.modules.get(&path) else { return Ok(None) };
+            let (a, b, scaling) = (a.to_device(device)?, b.to_device(device)?, *scaling);
+            let fixed = |m: &Tensor| Magnitude::fixed(&m.to_device(device)?, &linear.weight, &a, &b, scaling);
+            let magnitude = magnitude.as_ref().map(fixed).transpose()?;
+            let (a, b) = (Parameter::frozen(a), Parameter::frozen(b));
+            Ok(Some(Adapter { a, b, scaling, dropout: 0.0, number: number as u32, magnitude }))
         });
-        adapters.collect()
+        let linears = adapters.collect::<Result<_>>()?;
+        let whole = self.saved.iter().map(|(name, tensor)| {
+            let tensor = tensor.to_dtype(decoder.dtype())?.to_device(device)?;
+            Ok((name.clone(), tensor.contiguous()?.into()))
+        });
+        Ok(Fitted { linears, whole: whole.collect::<Result<_>>()? })
     }
 
     /// Refuses DoRA and tensors that were trained whole, by name. `who` begins the sentence.
@@ -199,7 +215,7 @@ impl AdapterFile {
         if problems.is_empty() {
             return Ok(());
         }
-        let what = format!("{who} plain LoRA adapters only for now; this one also has {}", problems.join(", "));
+        let what = format!("{who} plain LoRA adapters only; this one also has {}", problems.join(", "));
         Err(Error::setting("adapter", what))
     }
 

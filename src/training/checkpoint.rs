@@ -4,6 +4,7 @@
 //! position, dropout round, options, fingerprints of model and data) and the adapter in PEFT's form. The folder is written
 //! beside, fsynced and renamed, so one that is there is whole.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -96,25 +97,65 @@ pub fn folder(adapter_path: &Path, step: usize) -> PathBuf {
 }
 
 /// Writes the checkpoint's files into a folder; the caller replaces the real one with it.
-pub fn write(folder: &Path, state: &State, block: &Tensor) -> Result<()> {
+pub fn write(folder: &Path, state: &State, blocks: &[Tensor]) -> Result<()> {
     let path = folder.join(STATE);
     let text = serde_json::to_string_pretty(state).map_err(|error| Error::file(&path, error.to_string()))?;
     fs::write(&path, text).map_err(Error::io(&path))?;
     let path = folder.join(TRAINER);
-    let block = block.to_device(&Device::Cpu)?;
-    candle_core::safetensors::save(&[("block", block)].into(), &path)?;
+    let named = |(group, block): (usize, &Tensor)| Ok((name(group), block.to_device(&Device::Cpu)?));
+    let blocks = blocks.iter().enumerate().map(named).collect::<Result<HashMap<_, _>>>()?;
+    candle_core::safetensors::save(&blocks, &path)?;
     Ok(())
 }
 
+/// The name of a group's tensor.
+fn name(group: usize) -> String {
+    if group == 0 { "block".to_string() } else { format!("block.{group}") }
+}
+
 /// Reads a checkpoint.
-pub fn read(folder: &Path, device: &Device) -> Result<(State, Tensor)> {
+pub fn read(folder: &Path, device: &Device) -> Result<(State, Vec<Tensor>)> {
     let path = folder.join(STATE);
     let text = fs::read_to_string(&path).map_err(Error::io(&path))?;
     let state = serde_json::from_str(&text).map_err(|error| Error::file(&path, error.to_string()))?;
     let path = folder.join(TRAINER);
     let mut tensors = candle_core::safetensors::load(&path, device).map_err(|e| Error::file(&path, e.to_string()))?;
-    let block = tensors.remove("block").ok_or_else(|| Error::file(&path, "has no tensor 'block'"))?;
-    Ok((state, block))
+    let blocks: Vec<Tensor> = (0..).map_while(|group| tensors.remove(&name(group))).collect();
+    match (blocks.is_empty(), tensors.keys().next()) {
+        (true, _) => Err(Error::file(&path, "has no tensor 'block'")),
+        (false, Some(unknown)) => Err(Error::file(&path, format!("has a tensor '{unknown}', which no run writes"))),
+        (false, None) => Ok((state, blocks)),
+    }
+}
+
+/// A checkpoint that was read.
+pub struct Stored {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Where the run stood.
+    pub state: State,
+    /// Values and moments, as [`Params::blocks`](super::params::Params::blocks) gave them.
+    pub blocks: Vec<Tensor>,
+}
+
+/// The newest checkpoint of a [`list`] that can be read, and what is to be said of those that can't.
+///
+/// # Errors
+/// None of them can be read, or there is none.
+pub fn newest(all: Vec<(usize, PathBuf)>, adapter_path: &Path, device: &Device) -> Result<(Stored, Vec<String>)> {
+    let mut unreadable = Vec::new();
+    for (_, path) in all {
+        match read(&path, device) {
+            Ok((state, blocks)) => return Ok((Stored { path, state, blocks }, unreadable)),
+            Err(error) => unreadable.push(format!("a checkpoint cannot be read, an older one is taken: {error}")),
+        }
+    }
+    let problem = if unreadable.is_empty() {
+        "holds no checkpoint to resume from; leave --resume out to start a run".to_string()
+    } else {
+        format!("none of its checkpoints can be read: {}", unreadable.join("; "))
+    };
+    Err(Error::file(adapter_path, problem))
 }
 
 /// The checkpoints below an adapter's folder, newest first.

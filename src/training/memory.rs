@@ -90,7 +90,7 @@ impl Sizes {
         let element = dtype.size_in_bytes();
         let (weights, trained, blocks, ranks) = match options.fine_tune_type {
             FineTuneType::Full => (0, elements, config.num_layers, 0),
-            FineTuneType::Lora => {
+            _ => {
                 let targets = setup::targets(config, options)?;
                 let sides = targets.iter().filter_map(|path| {
                     let (_, shape) = shapes.iter().find(|(name, _)| name.strip_suffix(".weight") == Some(path))?;

@@ -6,6 +6,7 @@ pub mod dataset;
 pub mod events;
 pub mod files;
 pub mod fuse;
+pub mod initial;
 pub mod lora;
 pub mod memory;
 pub mod options;

@@ -17,19 +17,39 @@ pub enum FineTuneType {
     /// Low-rank adapters on frozen weights.
     #[default]
     Lora,
+    /// The same with a learned length for each row of the adapted weight (DoRA; Liu et al., 2024).
+    Dora,
     /// Every weight of the model.
     Full,
 }
 
-/// How A of a new adapter is drawn, by PEFT's names.
+impl FineTuneType {
+    /// Whether adapters are trained.
+    pub fn adapters(self) -> bool {
+        self != Self::Full
+    }
+}
+
+/// How a new adapter begins, by PEFT's names; see [`mod@super::initial`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum InitialA {
-    /// Uniform within ±1/√k (Kaiming with a = √5).
+pub enum InitLoraWeights {
+    /// A uniform within ±1/√k (Kaiming with a = √5), B zero.
     #[default]
     Default,
-    /// Normal with deviation 1/r.
+    /// A normal with deviation 1/r, B zero.
     Gaussian,
+    /// The largest singular values of W, which keeps the rest.
+    Pissa,
+    /// The first columns of Q and rows of R of W, which keeps the rest.
+    Olora,
+}
+
+impl InitLoraWeights {
+    /// Whether the base's weights change, so that the adapter fits those of the file only with what was taken from them.
+    pub fn changes_base(self) -> bool {
+        matches!(self, Self::Pissa | Self::Olora)
+    }
 }
 
 /// Of which blocks only the input is kept for backward, which then computes them again: less memory for more work, the same
@@ -78,8 +98,8 @@ pub struct TrainerOptions {
     pub alpha: f64,
     /// The scaling of rank-stabilized LoRA (Kalajdzievski, 2023).
     pub use_rslora: bool,
-    /// How A is drawn; B is zero.
-    pub init_lora_weights: InitialA,
+    /// How A and B begin.
+    pub init_lora_weights: InitLoraWeights,
     /// The probability to drop an element of an adapter's input, in training.
     pub dropout: f32,
     /// The linears that get adapters: names such as `q_proj` or whole paths; `all-linear` stands for all of a block's.
@@ -96,6 +116,8 @@ pub struct TrainerOptions {
     pub epochs: Option<f64>,
     /// The full learning rate.
     pub learning_rate: f64,
+    /// LoRA+ (Hayou et al., 2024): the learning rate of B, and of DoRA's magnitudes, is so many times that of A.
+    pub loraplus_ratio: f64,
     /// The schedule after the warm-up.
     pub lr_schedule: ScheduleKind,
     /// Steps of linear warm-up.
@@ -133,7 +155,7 @@ impl Default for TrainerOptions {
             rank: 8,
             alpha: 16.0,
             use_rslora: false,
-            init_lora_weights: InitialA::Default,
+            init_lora_weights: InitLoraWeights::Default,
             dropout: 0.0,
             target_modules: vec!["all-linear".to_string()],
             num_layers: -1,
@@ -142,6 +164,7 @@ impl Default for TrainerOptions {
             iters: 1000,
             epochs: None,
             learning_rate: 2e-4,
+            loraplus_ratio: 1.0,
             lr_schedule: ScheduleKind::Cosine,
             warmup: 10,
             min_lr_ratio: 0.1,
@@ -181,7 +204,8 @@ impl TrainerOptions {
         for (name, value) in at_least_one {
             refuse(value == 0, format!("{name} is 0; it must be 1 or more"));
         }
-        let positive = [("alpha", self.alpha), ("learning_rate", self.learning_rate)];
+        let positive =
+            [("alpha", self.alpha), ("learning_rate", self.learning_rate), ("loraplus_ratio", self.loraplus_ratio)];
         for (name, value) in positive.into_iter().chain(self.epochs.map(|epochs| ("epochs", epochs))) {
             refuse(!(value > 0.0 && value.is_finite()), format!("{name} is {value}; it must be over 0"));
         }
@@ -202,6 +226,21 @@ impl TrainerOptions {
             "quantize is given; full trains every weight, and quantized ones are frozen".to_string(),
         );
         refuse(full && half, "dtype is a 16-bit one; all weights are trained in f32".to_string());
+        let changed = [
+            (self.loraplus_ratio != 1.0, "loraplus_ratio"),
+            (self.use_rslora, "use_rslora"),
+            (self.init_lora_weights != InitLoraWeights::Default, "init_lora_weights"),
+            (self.dropout != 0.0, "dropout"),
+        ];
+        for (changed, name) in changed {
+            refuse(full && changed, format!("{name} is given; it is for adapters, and full trains every weight"));
+        }
+        let taken = self.init_lora_weights.changes_base();
+        refuse(
+            taken && quantized,
+            "quantize is given; pissa and olora take a part of the base's weights, and quantized ones are frozen"
+                .to_string(),
+        );
         refuse(self.target_modules.is_empty(), "target_modules is empty; name at least one linear".to_string());
         if wrong.is_empty() { Ok(()) } else { Err(Error::setting("training options", wrong.join("; "))) }
     }
@@ -218,7 +257,9 @@ impl TrainerOptions {
     /// A file that cannot be read.
     pub fn holding(&self, model: &ModelFiles, device: &Device) -> Result<Holding> {
         match self.fine_tune_type {
-            FineTuneType::Lora => model.holding(self.quantize, self.dtype.on(device, model.own_dtype()?), device),
+            FineTuneType::Lora | FineTuneType::Dora => {
+                model.holding(self.quantize, self.dtype.on(device, model.own_dtype()?), device)
+            }
             FineTuneType::Full => Ok(Holding::dense(DType::F32)),
         }
     }

@@ -43,6 +43,7 @@ pub struct Trainer<'a> {
     adapter_path: PathBuf,
     decoder: Decoder,
     params: Params,
+    taken: setup::Taken,
     state: State,
     resumed_from: usize,
     warnings: Vec<String>,
@@ -92,49 +93,71 @@ impl<'a> Trainer<'a> {
         let weights = model.base(&holding, device)?;
         let fingerprint = model_fingerprint(&weights)?;
         let mut decoder = Decoder::new(&model.config, weights, device)?;
-        let params = match options.fine_tune_type {
-            FineTuneType::Lora => setup::lora(&mut decoder, &options, device)?,
-            FineTuneType::Full => setup::full(&mut decoder, device)?,
-        };
         let lengths = lengths(&train.rows);
         let total = options.steps(&lengths);
+        let state = State {
+            step: 0,
+            round: 0,
+            position: Position::default(),
+            trained_tokens: 0,
+            total,
+            options: options.clone(),
+            model: fingerprint,
+            data: data_fingerprint(&train.rows),
+        };
+        let (stored, mut warnings) = match from {
+            From::Checkpoint => {
+                let (stored, warnings) = checkpoint::newest(existing, adapter_path, device)?;
+                stored.state.check_continues(&state, &stored.path)?;
+                (Some(stored), warnings)
+            }
+            _ => (None, Vec::new()),
+        };
+        let (params, taken) = match options.fine_tune_type {
+            FineTuneType::Full => (setup::full(&mut decoder, device)?, setup::Taken::new()),
+            _ => {
+                let stored = stored.as_ref().filter(|_| options.init_lora_weights.changes_base());
+                let earlier = stored.map(|stored| AdapterFile::load(&stored.path)).transpose()?;
+                setup::adapters(&mut decoder, &options, earlier.as_ref(), device)?
+            }
+        };
         let sizes = Sizes::new(&model.config, &options, &holding, device)?;
         let work = largest_pass(&options, &train.rows);
         let available = memory::available(device)?;
         let (checkpointing, plan) = sizes.choose(options.grad_checkpoint, work, available);
         let fitted = Fitted { checkpointing, again: sizes.again(checkpointing), work, step: plan.step(), available };
+        let (state, resumed_from) = match stored {
+            None => (state, 0),
+            Some(stored) => {
+                params.restore(&stored.blocks)?;
+                let step = stored.state.step;
+                (State { options: options.clone(), ..stored.state }, step)
+            }
+        };
+        if let From::Adapter(path) = &from {
+            setup::start_from(&params, &options, &AdapterFile::load(path)?)?;
+        }
+        let adapter_path = adapter_path.to_path_buf();
         let mut trainer = Self {
-            state: State {
-                step: 0,
-                round: 0,
-                position: Position::default(),
-                trained_tokens: 0,
-                total,
-                options: options.clone(),
-                model: fingerprint,
-                data: data_fingerprint(&train.rows),
-            },
+            state,
             model,
             train,
             valid,
             options,
-            adapter_path: adapter_path.to_path_buf(),
+            adapter_path,
             decoder,
             params,
-            resumed_from: 0,
+            taken,
+            resumed_from,
             warnings: Vec::new(),
             fitted,
         };
         if let Some(available) = available.filter(|&available| plan.step() > available) {
             let (needed, free) = (plan.step() as f64 / 1e9, available as f64 / 1e9);
             let advice = trainer.less_memory();
-            trainer.warnings.push(format!("a step takes about {needed:.1} GB and {free:.1} GB are free; {advice}"));
+            warnings.push(format!("a step takes about {needed:.1} GB and {free:.1} GB are free; {advice}"));
         }
-        match from {
-            From::Scratch => {}
-            From::Adapter(path) => setup::start_from(&trainer.params, &trainer.options, &AdapterFile::load(&path)?)?,
-            From::Checkpoint => trainer.resume(existing, device)?,
-        }
+        trainer.warnings = warnings;
         Ok(trainer)
     }
 
@@ -317,11 +340,11 @@ impl<'a> Trainer<'a> {
         let step = self.state.step;
         let path = checkpoint::folder(&self.adapter_path, step);
         let adapter = match self.options.fine_tune_type {
-            FineTuneType::Lora => Some(setup::adapter_file(&self.params, &self.options, self.model)?),
             FineTuneType::Full => None,
+            _ => Some(setup::adapter_file(&self.params, &self.options, &self.taken, self.model)?),
         };
         files::replace_folder(&path, |folder| {
-            checkpoint::write(folder, &self.state, self.params.block())?;
+            checkpoint::write(folder, &self.state, &self.params.blocks())?;
             adapter.as_ref().map_or(Ok(()), |adapter| adapter.save(folder))
         })?;
         match adapter {
@@ -330,30 +353,6 @@ impl<'a> Trainer<'a> {
         }
         checkpoint::prune(&self.adapter_path, KEPT_CHECKPOINTS)?;
         Ok(Event::Checkpoint { step, path })
-    }
-
-    /// Goes back to the newest checkpoint that can be read.
-    fn resume(&mut self, existing: Vec<(usize, PathBuf)>, device: &Device) -> Result<()> {
-        let mut unreadable = Vec::new();
-        for (_, path) in existing {
-            match checkpoint::read(&path, device) {
-                Ok((state, block)) => {
-                    state.check_continues(&self.state, &path)?;
-                    self.params.restore(&block)?;
-                    self.resumed_from = state.step;
-                    self.state = State { options: self.options.clone(), ..state };
-                    self.warnings.extend(unreadable);
-                    return Ok(());
-                }
-                Err(error) => unreadable.push(format!("a checkpoint cannot be read, an older one is taken: {error}")),
-            }
-        }
-        let problem = if unreadable.is_empty() {
-            "holds no checkpoint to resume from; leave --resume out to start a run".to_string()
-        } else {
-            format!("none of its checkpoints can be read: {}", unreadable.join("; "))
-        };
-        Err(Error::file(&self.adapter_path, problem))
     }
 
     fn start_event(&self) -> Start {

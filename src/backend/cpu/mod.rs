@@ -11,6 +11,7 @@ pub mod bf16_product;
 pub mod blocks;
 pub mod blocks_dot;
 pub mod cross_entropy;
+pub mod dora;
 pub mod embedding;
 pub mod exp;
 pub mod floats;

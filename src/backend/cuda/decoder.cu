@@ -1,6 +1,7 @@
 // Instances of the decoder's small ops: <op>_<dtype>[_<dtype of the weight>]_<elements an access>.
 #include "adamw.cuh"
 #include "cross_entropy.cuh"
+#include "dora.cuh"
 #include "embedding.cuh"
 #include "rms_norm.cuh"
 #include "rope.cuh"
@@ -18,6 +19,8 @@ typedef float F32;
   KERNEL(swiglu_backward_##t##_##N, swiglu::Args, (swiglu::backward<false, T, N>))  \
   KERNEL(geglu_forward_##t##_##N, swiglu::Args, (swiglu::forward<true, T, N>))      \
   KERNEL(geglu_backward_##t##_##N, swiglu::Args, (swiglu::backward<true, T, N>))    \
+  KERNEL(dora_forward_##t##_##N, dora::Args, (dora::forward<T, N>))                 \
+  KERNEL(dora_backward_##t##_##N, dora::BackwardArgs, (dora::backward<T, N>))       \
   KERNEL(embedding_rows_##t##_##N, embedding::Args, (embedding::rows<T, N>))
 #define NORM(t, w, T, W, N)                                                                     \
   KERNEL(rms_norm_forward_##t##_##w##_##N, rms_norm::Args, (rms_norm::forward<T, W, N>))         \

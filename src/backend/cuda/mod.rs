@@ -15,6 +15,8 @@ pub(crate) mod dequantize;
 #[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
+pub(crate) mod dora;
+#[cfg(feature = "cuda")]
 pub(crate) mod embedding;
 #[cfg(feature = "cuda")]
 pub mod fused_lora;

@@ -147,12 +147,13 @@ pub fn backward(
     unsafe { gpu.launch(kernel, [m, 1], warps(n), 0, &stream, &args) }
 }
 
+/// Sums of columns over ranges of rows, of this op and of `dora`.
 #[repr(C)]
-struct SumColumns {
-    parts: u64,
-    to: u64,
-    n: i64,
-    count: i32,
+pub(super) struct SumColumns {
+    pub parts: u64,
+    pub to: u64,
+    pub n: i64,
+    pub count: i32,
 }
 
 /// Warps of a block that makes a row of n.

@@ -103,7 +103,8 @@ pub fn run(config: &ModelConfig, work: &Work, steps: usize, device: &Device, tel
     let named = params.named()?;
     for (number, ((path, _), pair)) in targets.iter().zip(named.chunks_exact(2)).enumerate() {
         let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-        decoder.attach(path, Some(Adapter { a, b, scaling: 2.0, dropout: 0.0, number: number as u32 }))?;
+        decoder
+            .attach(path, Some(Adapter { a, b, scaling: 2.0, dropout: 0.0, number: number as u32, magnitude: None }))?;
     }
 
     let count = work.batch * work.tokens;

@@ -1,0 +1,70 @@
+// DoRA's scale: y = c u + bias + residual, by columns; du = c g, dm += Σ over rows of g u / norm.
+// u, residual, y, g, du [m, n] f32, f16 or bf16; c, bias, norm and dm [n] f32. Sums are f32.
+// Bytes: forward u and y (and the residual), backward u and g read, du written. A thread has N columns of a range of rows.
+#pragma once
+#include "elements.cuh"
+
+namespace dora {
+using namespace elements;
+
+struct Args {
+  const void *u, *residual;  // residual: null for none
+  const float *c, *bias;     // bias: null for none
+  void* y;
+  int64_t m, n;
+  int rows;  // of a range
+};
+
+template <class T, int N> __device__ __forceinline__ void forward(const Args& args) {
+  int64_t column = N * grid_first(), end = min(args.m, (int64_t)(blockIdx.y + 1) * args.rows);
+  if (column >= args.n) return;
+  float c[N], bias[N] = {};
+  load(args.c + column, c);
+  if (args.bias) load(args.bias + column, bias);
+  for (int64_t row = (int64_t)blockIdx.y * args.rows; row < end; row++) {
+    int64_t at = row * args.n + column;
+    float v[N], r[N] = {};
+    load((const T*)args.u + at, v);
+    if (args.residual) load((const T*)args.residual + at, r);
+#pragma unroll
+    for (int j = 0; j < N; j++) v[j] = c[j] * v[j] + bias[j] + r[j];
+    store((T*)args.y + at, v);
+  }
+}
+
+struct BackwardArgs {
+  const void *u, *g;
+  const float *c, *norm;
+  void* du;
+  float* parts;  // of dm, [row ranges, n]; null: not wanted
+  int64_t m, n;
+  int rows;  // of a range
+};
+
+template <class T, int N> __device__ __forceinline__ void backward(const BackwardArgs& args) {
+  int64_t column = N * grid_first(), end = min(args.m, (int64_t)(blockIdx.y + 1) * args.rows);
+  if (column >= args.n) return;
+  float c[N], sum[N] = {};
+  load(args.c + column, c);
+  for (int64_t row = (int64_t)blockIdx.y * args.rows; row < end; row++) {
+    int64_t at = row * args.n + column;
+    float u[N], g[N];
+    load((const T*)args.g + at, g);
+    if (args.parts) {
+      load((const T*)args.u + at, u);
+#pragma unroll
+      for (int j = 0; j < N; j++) sum[j] += g[j] * u[j];
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) g[j] *= c[j];
+    store((T*)args.du + at, g);
+  }
+  if (!args.parts) return;
+  float norm[N];
+  load(args.norm + column, norm);
+#pragma unroll
+  for (int j = 0; j < N; j++) sum[j] /= norm[j];
+  store(args.parts + blockIdx.y * args.n + column, sum);
+}
+
+}  // namespace dora
