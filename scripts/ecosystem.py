@@ -71,6 +71,9 @@ def peft_make(model, folder):
         "layers": dict(r=4, lora_alpha=6, target_modules=both, layers_to_transform=[1], exclude_modules=["v_proj"]),
         "dora": dict(r=4, lora_alpha=10, target_modules=both, use_dora=True),
         "saved": dict(r=4, lora_alpha=10, target_modules=both, modules_to_save=["norm"]),
+        # The model's head is tied to its embedding.
+        "saved-head": dict(r=4, lora_alpha=10, target_modules=both, modules_to_save=["lm_head"]),
+        "saved-embedding": dict(r=4, lora_alpha=10, target_modules=both, use_dora=True, modules_to_save=["embed_tokens"]),
     }
     for seed, (name, kind) in enumerate(kinds.items()):
         generator = torch.Generator().manual_seed(seed)
@@ -89,6 +92,7 @@ def peft_logits(model, out, adapters):
     import torch
     # PEFT warns of keys that are missing in a file or in the model.
     warnings.filterwarnings("error", category=UserWarning)
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
     for adapter in adapters or [None]:
         base = load_torch(model)
         adapted = peft.PeftModel.from_pretrained(base, adapter).eval() if adapter else base

@@ -42,6 +42,8 @@ fn a_run_takes_what_the_dry_run_says() {
         ("f32", "--grad-checkpoint none"),
         ("f32-again", "--grad-checkpoint every"),
         ("bf16", "--dtype bf16 --grad-checkpoint none"),
+        ("dora", "--fine-tune-type dora --grad-checkpoint none"),
+        ("dora-again", "--fine-tune-type dora --grad-checkpoint every"),
     ] {
         let run = format!("{run} --adapter-path {name} {options}");
         let plan = metal_candle(folder.path(), &format!("{run} --dry-run"));

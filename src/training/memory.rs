@@ -11,6 +11,7 @@ use super::setup;
 use crate::Result;
 use crate::backend::cpu::attention::WAVE;
 use crate::backend::custom_ops::cross_entropy::chunk_rows;
+use crate::models::block::LINEAR_NAMES;
 use crate::models::decoder::Checkpointing;
 use crate::models::{Holding, ModelConfig};
 
@@ -76,6 +77,8 @@ pub struct Sizes {
     ranks: usize,
     /// Bytes of a logit and its gradient on a GPU.
     logit: usize,
+    /// What DoRA's linears of a block make for a token: all of them, and the most that share an input.
+    dora: (usize, usize),
 }
 
 impl Sizes {
@@ -88,24 +91,34 @@ impl Sizes {
         let shapes = config.weight_shapes();
         let elements: usize = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         let element = dtype.size_in_bytes();
-        let (weights, trained, blocks, ranks) = match options.fine_tune_type {
-            FineTuneType::Full => (0, elements, config.num_layers, 0),
-            _ => {
+        let (weights, trained, blocks, ranks, dora) = match options.fine_tune_type {
+            FineTuneType::Full => (0, elements, config.num_layers, 0, (0, 0)),
+            kind => {
                 let targets = setup::targets(config, options)?;
-                let sides = targets.iter().filter_map(|path| {
-                    let (_, shape) = shapes.iter().find(|(name, _)| name.strip_suffix(".weight") == Some(path))?;
-                    Some(shape.iter().sum::<usize>())
-                });
-                let trained = options.rank * sides.sum::<usize>();
+                let shape = |path: &String| shapes.iter().find(|(name, _)| name.strip_suffix(".weight") == Some(path));
+                let sides = targets.iter().filter_map(shape).map(|(_, shape)| shape.iter().sum::<usize>());
+                let mut trained = options.rank * sides.sum::<usize>();
                 let lowest = targets.iter().filter_map(|path| layer_of(path)).min().unwrap_or(config.num_layers);
                 let blocks = config.num_layers - lowest;
-                (holding.bytes(config), trained, blocks, options.rank * targets.len().div_ceil(blocks.max(1)))
+                let mut dora = (0, 0);
+                if kind == FineTuneType::Dora {
+                    let outputs = |ends: &[&str]| {
+                        let of = targets.iter().filter(|path| ends.iter().any(|end| path.ends_with(end)));
+                        of.filter_map(shape).map(|(_, shape)| shape[0]).sum::<usize>()
+                    };
+                    trained += outputs(&LINEAR_NAMES);
+                    let [q, k, v, o, gate, up, down] = LINEAR_NAMES;
+                    let shared = [outputs(&[q, k, v]), outputs(&[o]), outputs(&[gate, up]), outputs(&[down])];
+                    let a_block = |all: usize| all.div_ceil(blocks.max(1));
+                    dora = (a_block(outputs(&LINEAR_NAMES)), a_block(shared.into_iter().fold(0, usize::max)));
+                }
+                (holding.bytes(config), trained, blocks, options.rank * targets.len().div_ceil(blocks.max(1)), dora)
             }
         };
         let (config, cpu) = (config.clone(), device.is_cpu());
         let logit = if halves_logits(dtype, device) { 2 } else { 4 + element };
         let widened = holding.widened(&config, device);
-        Ok(Self { config, element, cpu, weights, widened, trained, blocks, ranks, logit })
+        Ok(Self { config, element, cpu, weights, widened, trained, blocks, ranks, logit, dora })
     }
 
     /// What a run takes whose largest pass is `work`.
@@ -155,7 +168,8 @@ impl Sizes {
         if again == 0 { Checkpointing::None } else { Checkpointing::Lowest(again) }
     }
 
-    /// `models::block::Saved`: x, q, k, v, o, m, gate and up, lse, h of the adapters, and with norms over heads their inputs.
+    /// `models::block::Saved`: x, q, k, v, o, m, gate and up, lse, h of the adapters, u of those with DoRA, and with norms over heads
+    /// their inputs.
     fn kept_a_token(&self) -> usize {
         let ModelConfig { hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, qk_norm, .. } =
             self.config;
@@ -164,6 +178,7 @@ impl Sizes {
         (2 * hidden_size + 2 * q + 2 * kv + 2 * intermediate_size) * self.element
             + 4 * num_heads
             + 4 * self.ranks
+            + self.dora.0 * self.element
             + norms
     }
 
@@ -177,7 +192,9 @@ impl Sizes {
         let mlp = tokens * intermediate_size * sum;
         let shares = if self.cpu { 4 * WAVE * longest * q } else { 0 };
         let gradients = tokens * (q * e + (q + 2 * kv) * sum + 4 * num_heads) + shares;
-        tokens * hidden_size * e + mlp.max(gradients.saturating_sub(2 * tokens * intermediate_size * e))
+        // The gradients of DoRA's u, beside those of the outputs.
+        let scaled = tokens * self.dora.1 * e;
+        tokens * hidden_size * e + scaled + mlp.max(gradients.saturating_sub(2 * tokens * intermediate_size * e))
     }
 
     /// The most that the loss has: hidden state and gradient, those of the counted rows, and a chunk of logits.
