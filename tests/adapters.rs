@@ -305,9 +305,30 @@ fn dora_and_whole_tensors_go_through_files() {
     assert!(norms.load().unwrap().saved.contains_key("model.layers.0.input_layernorm.weight"));
 
     let (model, mut decoder) = tiny();
-    refused(plain.attach(&mut decoder, &Device::Cpu), &["DoRA's magnitudes of model.layers.0.mlp.up_proj"]);
-    refused(file.attach(&mut decoder, &Device::Cpu), &["whole tensor lm_head.weight"]);
+    let base = logits(&decoder);
+    refused(file.attach(&mut decoder, &Device::Cpu), &["lm_head.weight is [", "model.embed_tokens.weight is ["]);
     assert!(model.config.num_layers == 2 && decoder.linears().all(|(_, linear)| linear.adapter.is_none()));
+    assert_eq!(logits(&decoder), base);
+
+    // Tied tensors that were trained apart stand apart: a head that is the base's changes nothing.
+    assert!(model.config.tie_word_embeddings);
+    common::tiny::write_model(&output, 1);
+    let weights = candle_core::safetensors::load(output.join("model.safetensors"), &Device::Cpu).unwrap();
+    let embedding = &weights["model.embed_tokens.weight"];
+    let none = AdapterFile::new("model", 2, 0.0, BTreeMap::new());
+    for (name, scale, changes) in [
+        ("lm_head.weight", 1.0, false),
+        ("lm_head.weight", 2.0, true),
+        ("model.embed_tokens.weight", 1.0, false),
+        ("model.embed_tokens.weight", 2.0, true),
+    ] {
+        let mut one = none.clone();
+        one.saved.insert(name.to_string(), (embedding * scale).unwrap());
+        one.attach(&mut decoder, &Device::Cpu).unwrap();
+        assert_eq!(logits(&decoder) != base, changes, "{name} times {scale}");
+    }
+    none.attach(&mut decoder, &Device::Cpu).unwrap();
+    assert_eq!(logits(&decoder), base);
 }
 
 /// The tiny model.
