@@ -14,17 +14,6 @@ use metal_candle::training::adapter::AdapterFile;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-/// The linears of the tiny model's blocks and the sizes of their outputs.
-const SIZES: [(&str, usize); 7] = [
-    ("self_attn.q_proj", 32),
-    ("self_attn.k_proj", 16),
-    ("self_attn.v_proj", 16),
-    ("self_attn.o_proj", 32),
-    ("mlp.gate_proj", 48),
-    ("mlp.up_proj", 48),
-    ("mlp.down_proj", 32),
-];
-
 struct Place {
     folder: tempfile::TempDir,
 }
@@ -276,17 +265,6 @@ fn whole_tensors_take_their_place() {
     assert_eq!(changed.count(), 15);
     let told = place.run("fuse --model model --adapter adapters=2 --output f");
     refused(&told, 1, &["a weighted sum", "model.norm.weight"]);
-    config["use_dora"] = true.into();
-    for layer in 0..2 {
-        for (name, n) in SIZES {
-            let name = format!("base_model.model.model.layers.{layer}.{name}.lora_magnitude_vector");
-            tensors.insert(name, common::random(&[n], DType::F32, 4));
-        }
-    }
-    candle_core::safetensors::save(&tensors, place.path("adapters/adapter_model.safetensors")).unwrap();
-    fs::write(place.path("adapters/adapter_config.json"), config.to_string()).unwrap();
-    let told = place.run("fuse --model model --adapter adapters --output f");
-    refused(&told, 1, &["DoRA's magnitudes of model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"]);
     assert!(!place.path("f").exists());
 }
 

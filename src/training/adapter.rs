@@ -4,6 +4,7 @@
 //! patterns becomes this without loss; MLX has one rank and one scale for all modules, and what differs is folded into B there.
 
 pub mod gguf;
+mod merge;
 pub mod mlx;
 mod names;
 pub mod peft;

@@ -1,4 +1,4 @@
-//! Fusing: an adapter's delta is added to the weights that it is on, `W += s (A B)ᵀ`, tensors that were trained whole take their
+//! Fusing: adapters are merged into the weights that they are on ([`Module::merge`]), tensors that were trained whole take their
 //! place, and the model is written as a new folder.
 //!
 //! The sum is in f32 and rounded once, to the weight's own dtype. Files are written tensor by tensor: one weight is in memory at
@@ -43,7 +43,7 @@ const CONFIG: &str = "config.json";
 /// beside and renamed when the model in it has been tried; one that was there is replaced.
 ///
 /// # Errors
-/// A model that is not a folder; an adapter that does not fit it or is DoRA; weights in a dtype that cannot be added
+/// A model that is not a folder; an adapter that does not fit it or that the decoder does not run; weights in a dtype that cannot be added
 /// to; a fused model that does not answer as the adapted one.
 pub fn fuse(model: &ModelFiles, adapter: &AdapterFile, output: &Path) -> Result<Fused> {
     let source = model.folder()?;
@@ -89,9 +89,9 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses DoRA, and whole tensors that have no place of their own in the model.
+/// Refuses whole tensors that have no place of their own in the model.
 fn check_parts(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
-    let mut problems = adapter.magnitudes();
+    let mut problems = Vec::new();
     let shapes: BTreeMap<String, Vec<usize>> = model.config.weight_shapes().into_iter().collect();
     for (name, tensor) in &adapter.saved {
         match shapes.get(name) {
@@ -213,7 +213,7 @@ fn write_shard(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
     let failed = Mutex::new(None);
     let all = tensors.iter().map(|(name, view)| {
         let change = change(adapter, name);
-        (name, Weight { view, change, failed: &failed })
+        (name, Weight { name, view, change, failed: &failed })
     });
     safetensors::serialize_to_file(all, header(shard, &map)?, to)
         .map_err(|error| Error::file(to, format!("cannot be written: {error}")))?;
@@ -226,6 +226,7 @@ fn write_shard(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
 
 /// A tensor of the model that is made as it is written.
 struct Weight<'a> {
+    name: &'a str,
     view: TensorView<'a>,
     change: Option<Change<'a>>,
     /// [`View::data`] has no way to fail; what it writes then is thrown away.
@@ -247,7 +248,7 @@ impl View for Weight<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let Some(change) = self.change else { return Cow::Borrowed(self.view.data()) };
-        match changed(&self.view, change) {
+        match changed(self.name, &self.view, change) {
             Ok(tensor) => Cow::Owned(tensor.data().into_owned()),
             Err(error) => {
                 self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
@@ -257,16 +258,16 @@ impl View for Weight<'_> {
     }
 }
 
-/// `W + s (A B)ᵀ`, or what takes W's place, in W's dtype.
-fn changed(view: &TensorView, change: Change) -> Result<Tensor> {
+/// The merged weight, or what takes its place, in the weight's dtype.
+fn changed(name: &str, view: &TensorView, change: Change) -> Result<Tensor> {
     let dtype = DType::try_from(view.dtype())?;
     let module = match change {
         Change::Replace(tensor) => return Ok(tensor.to_dtype(dtype)?.contiguous()?),
         Change::Add(module) => module,
     };
     let weight = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?;
-    let delta = module.b.t()?.matmul(&module.a.t()?)?;
-    Ok((weight + (delta * module.scaling)?)?.to_dtype(dtype)?)
+    let merged = module.merge(&weight).map_err(|error| Error::setting(name, error.to_string()))?;
+    Ok(merged.to_dtype(dtype)?)
 }
 
 #[cfg(test)]
