@@ -50,6 +50,9 @@ struct Train {
     /// The linears with adapters
     #[arg(long, value_enum, default_value_t = Modules::All)]
     modules: Modules,
+    /// The adapters
+    #[arg(long, value_enum, default_value_t = Kind::Lora)]
+    fine_tune_type: Kind,
     /// Whose input alone is kept for backward, which computes them again
     #[arg(long, value_name = "BLOCKS", value_enum, num_args = 0..=1, default_value_t = Again::None, default_missing_value = "every")]
     grad_checkpoint: Again,
@@ -71,6 +74,14 @@ struct Train {
     /// Print one JSON object in place of text
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Low-rank adapters
+    Lora,
+    /// With a length for each row of the adapted weight
+    Dora,
 }
 
 /// The linears with adapters.
@@ -130,9 +141,10 @@ impl Train {
         };
         let Self { batch, tokens, rank, modules, .. } = self;
         let holding = Holding::linears(&config, self.quantize.library(), dtype);
-        let work = step::Work { batch, tokens, rank, modules, holding: holding.clone(), checkpointing };
+        let dora = self.fine_tune_type == Kind::Dora;
+        let work = step::Work { batch, tokens, rank, modules, dora, holding: holding.clone(), checkpointing };
         let options = TrainerOptions {
-            fine_tune_type: FineTuneType::Lora,
+            fine_tune_type: if dora { FineTuneType::Dora } else { FineTuneType::Lora },
             rank,
             target_modules: modules.targets(),
             ..Default::default()
@@ -142,7 +154,12 @@ impl Train {
         let plan = Sizes::new(&config, &options, &holding, &device)?
             .plan(Pass { tokens: count, longest: tokens, counted: count }, checkpointing);
         let planned = program + plan.total();
-        let linears = if modules == Modules::All { "all seven linears" } else { "q and v" };
+        let linears = match (modules, dora) {
+            (Modules::All, false) => "all seven linears",
+            (Modules::Qv, false) => "q and v",
+            (Modules::All, true) => "all seven linears, DoRA",
+            (Modules::Qv, true) => "q and v, DoRA",
+        };
         let again = if checkpointing == Checkpointing::None { "none" } else { "every block" };
         let tell = |line: String| {
             if !self.json {

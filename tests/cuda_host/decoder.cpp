@@ -19,6 +19,7 @@ inline double __shfl_xor_sync(uint32_t, double v, int mask) {
 #include "../../src/backend/cuda/adamw.cuh"
 #include "../../src/backend/cuda/cross_entropy.cuh"
 #include "../../src/backend/cuda/dequantize.cuh"
+#include "../../src/backend/cuda/dora.cuh"
 #include "../../src/backend/cuda/embedding.cuh"
 #include "../../src/backend/cuda/rms_norm.cuh"
 #include "../../src/backend/cuda/rope.cuh"
@@ -150,6 +151,33 @@ template <class T, class W, int N> void check_rms_norm(int m, int n, int warps, 
   launch({1}, 32, 0, false, [&](unsigned char*) { rms_norm::weight_sum(sums); });
   compare("rms_norm dx", dx, want_dx);
   judge("rms_norm dweight", dweight.get(), want_dweight, limit<T>(), dweight.intact() && parts.intact());
+}
+
+template <class T, int N> void check_dora(int m, int n, bool extras) {
+  Array<T> u(m * n), residual(m * n), g(m * n), y(m * n, false), du(m * n, false);
+  Array<float> c(n), bias(n), norm(n), dm(n), parts(2 * n, false);
+  for (int j = 0; j < n; j++) norm.data()[j] += 2;
+  Doubles v = u.get(), r = residual.get(), grad = g.get(), cs = c.get(), bs = bias.get(), norms = norm.get(), want_dm = dm.get();
+  Doubles want_y, want_du;
+  for (int i = 0; i < m * n; i++) {
+    want_y.push_back(cs[i % n] * v[i] + (extras ? bs[i % n] + r[i] : 0));
+    want_du.push_back(cs[i % n] * grad[i]);
+    want_dm[i % n] += grad[i] * v[i] / norms[i % n];
+  }
+  int rows = (m + 1) / 2, ranges = (m + rows - 1) / rows, blocks = (n + 32 * N - 1) / (32 * N);
+  dora::Args args = {u.data(), extras ? residual.data() : nullptr, c.data(), extras ? bias.data() : nullptr, y.data(), m, n, rows};
+  launch({blocks, ranges}, 32, 0, false, [&](unsigned char*) { dora::forward<T, N>(args); });
+  compare("dora y", y, want_y);
+  dora::BackwardArgs back = {u.data(), g.data(), c.data(), norm.data(), du.data(), parts.data(), m, n, rows};
+  launch({blocks, ranges}, 32, 0, false, [&](unsigned char*) { dora::backward<T, N>(back); });
+  rms_norm::SumArgs sums = {parts.data(), dm.data(), n, ranges};
+  launch({1}, 32, 0, false, [&](unsigned char*) { rms_norm::weight_sum(sums); });
+  compare("dora du", du, want_du);
+  judge("dora dm", dm.get(), want_dm, limit<float>(), dm.intact() && parts.intact());
+  Array<T> alone(m * n, false);
+  back.du = alone.data(), back.parts = nullptr;
+  launch({blocks, ranges}, 32, 0, false, [&](unsigned char*) { dora::backward<T, N>(back); });
+  compare("dora du alone", alone, want_du);
 }
 
 // Logits of type Z; `in_place`: P takes their place.
@@ -299,6 +327,7 @@ template <class T> void types() {
     check_rms_norm<T, float, 1>(5, 77, 2, residual), check_rms_norm<T, float, 8>(3, 600, 1, residual);
     check_rms_norm<T, T, 8>(4, 136, 3, residual), check_rms_norm<T, T, 1>(7, 9, 1, residual);
   }
+  check_dora<T, 1>(5, 43, true), check_dora<T, 1>(1, 3, false), check_dora<T, 8>(7, 600, true), check_dora<T, 8>(2, 16, false);
   check_embedding<T, 1>(43), check_embedding<T, 8>(296);
   check_cross_entropy<float, T, 1>(3, 211, 3), check_cross_entropy<float, T, 1>(2, 5, 2);
 }

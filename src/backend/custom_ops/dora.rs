@@ -23,6 +23,9 @@ use crate::backend::fallback::accumulate;
 
 const OP: &str = "dora";
 
+/// The least norm: a row of zeros has no direction, and stays what it is.
+pub const SHORTEST: f64 = 1e-30;
+
 /// Rows whose squares are summed at once: bounds the copy in f32 that it takes.
 const CHUNK: usize = 1 << 22;
 
@@ -44,7 +47,8 @@ pub fn squared_norms<'a>(w: impl Into<Weight<'a>>) -> Result<Tensor> {
     Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
 }
 
-/// `‖W_j + s (A B)_j‖` for each row j of W `[n, k]`, `[n]` f32, from [`squared_norms`] of W, A `[k, r]` and B `[r, n]`. On CUDA
+/// `‖W_j + s (A B)_j‖` for each row j of W `[n, k]`, `[n]` f32 and at least [`SHORTEST`], from [`squared_norms`] of W, A `[k, r]`
+/// and B `[r, n]`. On CUDA
 /// the part that W and the adapter share is rounded to W's dtype where that is 16 bits wide.
 ///
 /// # Errors
@@ -67,7 +71,7 @@ pub fn norms<'a>(w: impl Into<Weight<'a>>, squares: &Tensor, a: &Tensor, b: &Ten
     let own = rows_of_a.matmul(&a)?.matmul(&b)?;
     let cross = ((shared * (2.0 * s))? + (own * (s * s))?)?;
     // Rounding may take a row of zeros below zero.
-    Ok((cross.mul(&b)?.sum(0)? + squares)?.relu()?.sqrt()?)
+    Ok((cross.mul(&b)?.sum(0)? + squares)?.relu()?.sqrt()?.maximum(SHORTEST)?)
 }
 
 /// `c ∘ u + bias (+ residual)`.

@@ -10,7 +10,7 @@ use metal_candle::backend::custom_ops::linear;
 use metal_candle::backend::memory;
 use metal_candle::backend::quantized::QuantizedTensor;
 use metal_candle::models::decoder::{Batch, Checkpointing, Decoder, TrainPass};
-use metal_candle::models::linear::{Adapter, BaseWeight, DropoutRound};
+use metal_candle::models::linear::{Adapter, BaseWeight, DropoutRound, Magnitude, Parameter};
 use metal_candle::models::{Holding, ModelConfig};
 use metal_candle::training::params::Params;
 use metal_candle::{Error, Result};
@@ -33,6 +33,8 @@ pub struct Work {
     pub tokens: usize,
     pub rank: usize,
     pub modules: Modules,
+    /// Whether the adapters have magnitudes.
+    pub dora: bool,
     /// What the weights are held in.
     pub holding: Holding,
     pub checkpointing: Checkpointing,
@@ -97,14 +99,22 @@ pub fn run(config: &ModelConfig, work: &Work, steps: usize, device: &Device, tel
     for (path, (k, n)) in &targets {
         initial.push((format!("{path}.a"), Tensor::randn(0.0_f32, 0.02, (*k, work.rank), device)?));
         initial.push((format!("{path}.b"), Tensor::randn(0.0_f32, 0.02, (work.rank, *n), device)?));
+        if work.dora {
+            initial.push((format!("{path}.m"), Tensor::ones(*n, DType::F32, device)?));
+        }
     }
     let params = Params::new(&initial, device)?;
     drop(initial);
     let named = params.named()?;
-    for (number, ((path, _), pair)) in targets.iter().zip(named.chunks_exact(2)).enumerate() {
-        let (a, b) = (pair[0].1.clone(), pair[1].1.clone());
-        decoder
-            .attach(path, Some(Adapter { a, b, scaling: 2.0, dropout: 0.0, number: number as u32, magnitude: None }))?;
+    let parts = if work.dora { 3 } else { 2 };
+    for (number, ((path, _), parts)) in targets.iter().zip(named.chunks_exact(parts)).enumerate() {
+        let (a, b, scaling) = (parts[0].1.clone(), parts[1].1.clone(), 2.0);
+        let weight = &decoder.linear_mut(path)?.weight;
+        let trained = |(_, m): &(&str, Parameter)| {
+            Ok::<_, Error>(Magnitude::of(weight, &a.value, &b.value, scaling)?.trained(m.clone()))
+        };
+        let magnitude = parts.get(2).map(trained).transpose()?;
+        decoder.attach(path, Some(Adapter { a, b, scaling, dropout: 0.0, number: number as u32, magnitude }))?;
     }
 
     let count = work.batch * work.tokens;
