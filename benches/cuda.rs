@@ -2,7 +2,8 @@
 //!
 //! Prints lines of `work <tab> way <tab> warm µs <tab> cold µs`, the median of several rounds of calls in a loop with one
 //! synchronisation at the end; `scripts/cuda-report` makes the table of BENCHMARKS.md from them. Cold: the calls go round
-//! buffers that together are larger than the L2 cache. `benches/pytorch_cuda.py` has the same rows.
+//! buffers that together are larger than the L2 cache. `benches/pytorch_cuda.py` has the same rows, but for quantized weights.
+//! `cargo bench --features cuda --bench cuda -- few` measures those alone.
 #![allow(missing_docs)]
 
 #[cfg(not(feature = "cuda"))]
@@ -25,7 +26,9 @@ mod cuda {
     use metal_candle::Result;
     use metal_candle::backend::cuda::{self, fused_lora::Size};
     use metal_candle::backend::custom_ops as ops;
+    use metal_candle::backend::custom_ops::Weight;
     use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part};
+    use metal_candle::backend::quantized::{Kind, QuantizedTensor};
 
     const S: f64 = 1.75;
     /// More than any L2 cache so far.
@@ -42,6 +45,8 @@ mod cuda {
         da: Tensor,
         db: Tensor,
         size: Size,
+        /// W again.
+        blocks: Option<QuantizedTensor>,
     }
 
     impl Inputs {
@@ -51,7 +56,7 @@ mod cuda {
             let (a, b, w) = (random(&[k, r], 0.02)?, random(&[r, n], 0.02)?, random(&[n, k], 0.02)?);
             let sink = |like: &Tensor| Tensor::zeros(like.shape(), DType::F32, device);
             let (da, db) = (sink(&a)?, sink(&b)?);
-            Ok(Self { x, w, a, b, g, da, db, size: Size::new([m, k, r, n])? })
+            Ok(Self { x, w, a, b, g, da, db, size: Size::new([m, k, r, n])?, blocks: None })
         }
     }
 
@@ -62,6 +67,9 @@ mod cuda {
         let commit = std::env::var("COMMIT").unwrap_or_else(|_| command("git", &["rev-parse", "--short", "HEAD"]));
         println!("# commit: {commit}");
         copy_speed(&device)?;
+        if std::env::args().any(|argument| argument == "few") {
+            return few_rows(&device);
+        }
         for (n, shape) in [(4096, "(8192, 4096, 4096)"), (14336, "(8192, 4096, 14336)")] {
             let sets = sets([8192, 4096, 16, n], DType::BF16, &device)?;
             run(&format!("delta {shape} r 16 bf16"), &sets, &delta_ways())?;
@@ -93,6 +101,32 @@ mod cuda {
         let sets = sets([8192, 2048, 16, 2048], DType::BF16, &device)?;
         run("q, k, v forward (8192, 2048, 3 x 2048) r 16 bf16", &sets, &shared_ways())?;
         run("q, k, v forward+backward (8192, 2048, 3 x 2048) r 16 bf16", &sets, &shared_backward_ways())?;
+        few_rows(&device)
+    }
+
+    /// Products of decoding with a quantized weight.
+    fn few_rows(device: &Device) -> Result<()> {
+        let ours =
+            |i: &Inputs| done(ops::linear::forward(&i.x, i.blocks.as_ref().map_or((&i.w).into(), Weight::from), None)?);
+        let dense_first = |i: &Inputs| match &i.blocks {
+            Some(blocks) => done(ops::linear::forward(&i.x, &ops::dequantize(blocks, DType::BF16)?, None)?),
+            None => Ok(()),
+        };
+        let base = |i: &Inputs| done(ops::linear::forward(&i.x, &i.w, None)?);
+        for kind in [Kind::Q4K, Kind::Nf4, Kind::Q8_0, Kind::Q4_1] {
+            for m in [1, 8] {
+                let size = [m, 4096, 16, 14336];
+                let values = Tensor::randn(0.0_f32, 0.02, (14336, 4096), &Device::Cpu)?;
+                let blocks = QuantizedTensor::quantize(&values, kind)?;
+                let mut sets = sets(size, DType::BF16, device)?;
+                for set in &mut sets {
+                    set.blocks = Some(blocks.copy_to(device)?);
+                }
+                let ways: [Way; 3] =
+                    [("ours", Box::new(ours)), ("dense first", Box::new(dense_first)), ("bf16 weight", Box::new(base))];
+                run(&format!("linear ({m}, 4096, 14336) {kind:?}"), &sets, &ways)?;
+            }
+        }
         Ok(())
     }
 

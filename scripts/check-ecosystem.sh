@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # Adapters and fused models, both ways, against the libraries that others use: PEFT with transformers, and mlx-lm.
 #
+#   scripts/check-ecosystem.sh            installs what is missing, and compares
+#   scripts/check-ecosystem.sh install    only installs
 # A tiny model's logits must agree to 1e-4 of the largest one, in f32. PEFT_PYTHON and MLX_PYTHON name Pythons that have the
 # packages; without them a virtual environment is made in target/ecosystem. PyTorch is taken from its index for CPUs or, where that is out of
 # reach, from PyPI with some gigabytes of CUDA libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 
 if [ -z "${PEFT_PYTHON:-}" ] || [ -z "${MLX_PYTHON:-}" ]; then
   venv=target/ecosystem
   [ -x $venv/bin/python ] || python3 -m venv $venv
-  $venv/bin/python -c 'import torch' 2>/dev/null || $venv/bin/pip install -q torch --index-url https://download.pytorch.org/whl/cpu ||
-    $venv/bin/pip install -q torch
+  pip() { $venv/bin/pip install -q --no-cache-dir "$@"; }
+  $venv/bin/python -c 'import torch' 2>/dev/null || pip torch --index-url https://download.pytorch.org/whl/cpu || pip torch
   # On Linux mlx needs its CPU part; on a Mac there is none.
   mlx=mlx; [ "$(uname)" = Darwin ] || mlx='mlx[cpu]'
-  $venv/bin/python -c 'import peft, mlx_lm' 2>/dev/null || $venv/bin/pip install -q transformers peft "$mlx" mlx-lm
+  $venv/bin/python -c 'import peft, mlx_lm' 2>/dev/null || pip transformers peft "$mlx" mlx-lm
   : "${PEFT_PYTHON:=$venv/bin/python}" "${MLX_PYTHON:=$venv/bin/python}"
 fi
+[ "${1:-}" != install ] || exit 0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 peft() { "$PEFT_PYTHON" -W ignore scripts/ecosystem.py "$@" 2>"$work/peft.log" || { cat "$work/peft.log" >&2; return 1; }; }
 mlx() { "$MLX_PYTHON" scripts/ecosystem.py "$@"; }
 compare() { python3 scripts/ecosystem.py compare "$@"; }

@@ -18,7 +18,7 @@ inline double __shfl_xor_sync(uint32_t, double v, int mask) {
 
 #include "../../src/backend/cuda/adamw.cuh"
 #include "../../src/backend/cuda/cross_entropy.cuh"
-#include "../../src/backend/cuda/dequantize.cuh"
+#include "../../src/backend/cuda/few_rows.cuh"
 #include "../../src/backend/cuda/dora.cuh"
 #include "../../src/backend/cuda/embedding.cuh"
 #include "../../src/backend/cuda/rms_norm.cuh"
@@ -291,7 +291,7 @@ static double value_of(dequantize::affine8, const unsigned char* b, int i) { ret
 
 // Random bits but for the scales at `places`, each an f16, or an f32.
 template <class K, class T> void check_dequantize(const char* name, std::vector<int> places, bool wide) {
-  const int blocks = 5, count = blocks * K::len;
+  const int per = 352 / K::len + 1, n = 5, k = per * K::len, blocks = n * per, count = blocks * K::len;
   std::vector<float> aligned(blocks * K::bytes / 4 + 1);
   auto* bytes = (unsigned char*)aligned.data();
   for (int i = 0; i < blocks * K::bytes; i++) bytes[i] = (int)((uniform() + 1) * 128) & 255;
@@ -306,6 +306,19 @@ template <class K, class T> void check_dequantize(const char* name, std::vector<
   for (int i = 0; i < count; i++) want.push_back(value_of(K(), bytes + i / K::len * K::bytes, i % K::len));
   launch({3}, 32, 0, false, [&](unsigned char*) { dequantize::run<K, T>({bytes, w.data(), count}); });
   compare(name, w, want);
+  for (int m : {1, 3}) {
+    Array<T> x(m * k), y(m * n, false);
+    Array<float> bias(n);
+    Doubles xs = x.get(), bs = bias.get(), products;
+    for (int i = 0; i < m * n; i++) {
+      double sum = bs[i % n];
+      for (int at = 0; at < k; at++) sum += xs[i / n * k + at] * want[i % n * k + at];
+      products.push_back(sum);
+    }
+    few_rows::Args args = {x.data(), bytes, bias.data(), y.data(), k, n, m};
+    launch({(n + 1) / 2}, 64, 0, true, [&](unsigned char*) { m == 1 ? few_rows::forward<K, T, 1>(args) : few_rows::forward<K, T, 8>(args); });
+    compare(name, y, products);
+  }
 }
 
 template <class T> void check_dequantize_all() {

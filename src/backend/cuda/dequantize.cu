@@ -1,5 +1,5 @@
-// Instances of the dequantization: dequantize_<kind>_<dtype>.
-#include "dequantize.cuh"
+// Instances of what reads quantized weights: dequantize_<kind>_<dtype>, few_rows_<kind>_<dtype>_<most rows>.
+#include "few_rows.cuh"
 
 using elements::Bf16;
 using elements::F16;
@@ -9,7 +9,13 @@ using elements::F16;
       const __grid_constant__ dequantize::Args args) {                                      \
     dequantize::run<dequantize::K, T>(args);                                                \
   }
-#define KIND(K) KERNEL(K, f32, float) KERNEL(K, f16, F16) KERNEL(K, bf16, Bf16)
+#define ROWS(K, t, T, M)                                                                    \
+  extern "C" __global__ void __launch_bounds__(128) few_rows_##K##_##t##_##M(               \
+      const __grid_constant__ few_rows::Args args) {                                        \
+    few_rows::forward<dequantize::K, T, M>(args);                                           \
+  }
+#define TYPE(K, t, T) KERNEL(K, t, T) ROWS(K, t, T, 1) ROWS(K, t, T, 8)
+#define KIND(K) TYPE(K, f32, float) TYPE(K, f16, F16) TYPE(K, bf16, Bf16)
 
 KIND(q8_0)
 KIND(q4_0)

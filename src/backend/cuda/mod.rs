@@ -19,6 +19,8 @@ pub(crate) mod dora;
 #[cfg(feature = "cuda")]
 pub(crate) mod embedding;
 #[cfg(feature = "cuda")]
+pub(crate) mod few_rows;
+#[cfg(feature = "cuda")]
 pub mod fused_lora;
 #[cfg(feature = "cuda")]
 mod fused_lora_launch;

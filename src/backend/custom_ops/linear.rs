@@ -26,7 +26,13 @@ pub fn forward<'a>(x: &Tensor, w: impl Into<Weight<'a>>, bias: Option<&Tensor>) 
     let size = Size::of(OP, x, w, bias)?;
     #[cfg(feature = "cuda")]
     if cuda::takes(x.device()) {
-        return cuda::linear::forward(x, &w.to_dense(x.dtype())?, bias, [size.m, size.k, size.n]);
+        let sizes = [size.m, size.k, size.n];
+        if let Weight::Quantized(w) = w
+            && let Some(y) = cuda::few_rows::forward(x, w, bias, sizes)?
+        {
+            return Ok(y);
+        }
+        return cuda::linear::forward(x, &w.to_dense(x.dtype())?, bias, sizes);
     }
     let shape = with_last(x.dims(), size.n);
     if !x.device().is_cpu() {

@@ -56,6 +56,10 @@ pub struct Adapter<'a> {
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
 pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
     check_parts(x, parts)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device()) && few_of_blocks(x, parts) {
+        return forward_few_of_blocks(x, parts);
+    }
     if let Some(dense) = Dense::of(x, parts)? {
         return forward_shared(x, &dense.parts(parts));
     }
@@ -74,6 +78,25 @@ pub fn forward_shared(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
             forward(x, part.w, part.bias, a, b, s, dropout).map(|(y, h)| (y, Some(h)))
         }
         None => linear::forward(x, part.w, part.bias).map(|y| (y, None)),
+    };
+    parts.iter().map(one).collect()
+}
+
+/// Whether x has the few rows that are multiplied by quantized weights as they are, on CUDA.
+#[cfg(feature = "cuda")]
+fn few_of_blocks(x: &Tensor, parts: &[Part]) -> bool {
+    let rows = parts.first().map_or(0, |part| x.elem_count() / part.w.dims()[1]);
+    (1..=cuda::few_rows::MOST).contains(&rows) && parts.iter().any(|part| matches!(part.w, Weight::Quantized(_)))
+}
+
+/// [`forward_shared`] for [`few_of_blocks`]: the adapter's part is added to y, which is rounded once more then.
+#[cfg(feature = "cuda")]
+fn forward_few_of_blocks(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+    let one = |part: &Part| {
+        let y = linear::forward(x, part.w, part.bias)?;
+        let add = |Adapter { a, b, s, dropout }| fused_lora::add_into(&y, x, a, b, s, dropout);
+        let h = part.adapter.map(add).transpose()?;
+        Ok((y, h))
     };
     parts.iter().map(one).collect()
 }
@@ -150,6 +173,13 @@ fn forward_few(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>
 pub fn forward_add(x: &Tensor, part: &Part, residual: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
     check_parts(x, std::slice::from_ref(part))?;
     super::check::gradient(OP, "residual", residual, &with_last(x.dims(), part.w.dims()[0]), x)?;
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x.device())
+        && few_of_blocks(x, std::slice::from_ref(part))
+        && let Some((y, h)) = forward_few_of_blocks(x, std::slice::from_ref(part))?.pop()
+    {
+        return Ok((y.add(residual)?, h));
+    }
     if let Some(dense) = Dense::of(x, std::slice::from_ref(part))? {
         return forward_add(x, &dense.parts(std::slice::from_ref(part))[0], residual);
     }
