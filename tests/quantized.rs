@@ -4,8 +4,8 @@
 
 mod common;
 
-use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
+use common::blocks::blocks;
 use common::{FLOATS, assert_close, f64s, random, strided, test_device};
 use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part, backward_shared, forward_add, forward_shared};
 use metal_candle::backend::custom_ops::{cross_entropy, dequantize, embedding, linear};
@@ -16,53 +16,9 @@ const K: usize = 512;
 
 /// A random matrix `[n, 512]` of a kind, and its values.
 fn weight(kind: Kind, n: usize, seed: u64) -> (QuantizedTensor, Vec<f64>) {
-    let dense = random(&[n, K], DType::F32, seed);
-    let device = test_device();
-    if let Some(dtype) = kind.ggml() {
-        let values = QTensor::quantize(&dense, dtype).unwrap().dequantize(&Device::Cpu).unwrap();
-        return (QuantizedTensor::quantize(&dense, kind).unwrap().to_device(&device).unwrap(), f64s(&values));
-    }
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let (mut bytes, mut values) = (Vec::new(), Vec::new());
-    for _ in 0..n * K / kind.block_len() {
-        let (scale, min) = (rng.f32() + 0.5, if kind == Kind::Nf4 { 0.0 } else { -4.0 * rng.f32() });
-        bytes.extend(scale.to_le_bytes());
-        if kind != Kind::Nf4 {
-            bytes.extend(min.to_le_bytes());
-        }
-        for _ in 0..kind.block_len() / 32 {
-            let codes: Vec<u8> =
-                (0..32).map(|_| if kind == Kind::Affine8 { rng.u8(..) } else { rng.u8(..16) }).collect();
-            match kind {
-                Kind::Affine8 => bytes.extend(&codes),
-                _ => bytes.extend((0..16).map(|j| codes[j] | codes[j + 16] << 4)),
-            }
-            let value = |code: u8| if kind == Kind::Nf4 { NF4[usize::from(code)] } else { f64::from(code) };
-            values.extend(codes.into_iter().map(|code| f64::from(scale) * value(code) + f64::from(min)));
-        }
-    }
-    (QuantizedTensor::new(kind, bytes, (n, K), &device).unwrap(), values)
+    let (w, values) = blocks(kind, (n, K), seed);
+    (w.to_device(&test_device()).unwrap(), values)
 }
-
-/// As bitsandbytes 0.50.2 gives them (`get_4bit_type("nf4")`).
-const NF4: [f64; 16] = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-];
 
 fn on(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
     random(shape, dtype, seed).to_device(&test_device()).unwrap()
