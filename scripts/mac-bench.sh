@@ -33,7 +33,7 @@ failed=0
     echo "- GPU: $(system_profiler SPDisplaysDataType 2> /dev/null | grep -E 'Chipset|Cores|Metal' | sed 's/^ *//' | paste -sd';' -)"
     echo "- Rust: $(rustc --version)"
     section "Kernels on the GPU" cargo test --locked --release --test metal_device -- --nocapture
-    section "The decoder's ops on the GPU" env METAL_CANDLE_TEST_DEVICE=metal cargo test --locked --release --test decoder_ops
+    section "The decoder's ops on the GPU" env METAL_CANDLE_TEST_DEVICE=metal cargo test --locked --release --test decoder_ops --test quantized
     section "The op, with fallbacks forbidden" env METAL_CANDLE_STRICT=1 \
         cargo test --locked --release --test custom_ops_correctness test_fused_lora_correctness -- --nocapture
     section "Fused and unfused" cargo bench --locked --bench mlx_comparison -- --output-format bencher

@@ -29,8 +29,9 @@ build() {
     text decoder metal/common.metal metal/decoder.metal
     text training metal/common.metal metal/training.metal
     text attention metal/common.metal metal/attention_tiles.metal metal/attention.metal
+    text dequantize metal/common.metal metal/dequantize.metal
     compile check -DLORA="\"$dir/lora.cu\"" -DDECODER="\"$dir/decoder.cu\"" -DTRAINING="\"$dir/training.cu\"" \
-        -DATTENTION="\"$dir/attention.cu\""
+        -DATTENTION="\"$dir/attention.cu\"" -DDEQUANTIZE="\"$dir/dequantize.cu\""
     # The LoRA op's f32 kernels without their first barrier: racecheck must see it.
     sed '/^ADAPTER(f16, f32/,$d' "$dir/lora.cu" | sed '0,/threadgroup_barrier/{/threadgroup_barrier/d}' > "$dir/planted.cu"
     compile planted -DLORA="\"$dir/planted.cu\"" -DLORA_ALONE

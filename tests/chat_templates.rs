@@ -67,13 +67,45 @@ fn hostile_templates_end() {
             "{{% set ns = namespace(x=[]) %}}{{% for i in range({times}) %}}{{% set ns.x = {step} %}}{{% endfor %}}{end}"
         )
     };
+    let doubled = |end: &str| format!("{{% set a = [1] %}}{}{end}", "{% set a = [a, a] %}".repeat(60));
+    let recursive =
+        "{% macro m(x, n) %}{% if n %}{{ m([x, x], n - 1) }}{% endif %}{{ x ~ 1 }}{% endmacro %}{{ m([1], 60) }}";
+    let wide = format!("{{% set a = ['{}'] %}}{{{{ (a * 200000) ~ 1 }}}}", "x".repeat(200));
+    let (deep, many, held) = ("100 deep", "200000 parts", "a namespace is put into another value");
     let hostile = [
         ("{{ tools | tojson(indent=900000000) }}", "indent is 900000000"),
-        (&grown("[ns.x]", 50_000, "{{ ns.x }}"), "100 deep"),
-        (&grown("[ns.x]", 50_000, "{{ ns.x | tojson }}"), "100 deep"),
-        (&grown("[ns.x, ns.x]", 60, "{{ ns.x }}"), "1000000 parts"),
-        (&grown("[ns.x, ns.x]", 60, "{{ ns.x | tojson }}"), "1000000 parts"),
-        (&grown("ns.x ~ ns.x", 60, ""), "fuel"),
+        (
+            &grown("[ns.x] if i else range(60000) | list", 80, "{{ ns.x | tojson(indent=32) }}"),
+            "tojson wrote over 16777216",
+        ),
+        (&grown("[ns.x]", 50_000, "{{ ns.x }}"), deep),
+        (&grown("[ns.x]", 50_000, "{{ ns.x | tojson }}"), deep),
+        (&grown("[ns.x]", 100_000, "{{ ns.x == 1 }}"), deep),
+        (&grown("{'a': ns.x}", 100_000, "{{ ns.x ~ 1 }}"), deep),
+        (&grown("(ns.x,)", 100_000, "{{ ns.x ~ 1 }}"), deep),
+        (&grown("dict(a=ns.x)", 100_000, "{{ ns.x ~ 1 }}"), deep),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x }}"), many),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x | tojson }}"), many),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x ~ 1 }}"), many),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x | string }}"), many),
+        (&grown("[ns.x, ns.x]", 60, "{{ ns.x | join('-') }}"), many),
+        (&grown("ns.x + ns.x + [1]", 60, ""), many),
+        (&grown("([ns.x] | list) * 2", 60, "{{ ns.x in 'x' }}"), many),
+        (&grown("ns.x ~ ns.x", 60, ""), "16777216 bytes"),
+        (&format!("{{% set a = '0123' %}}{}", "{% set a = a ~ a %}".repeat(60)), "fuel"),
+        (&doubled("{{ a | string }}"), many),
+        (&doubled("{{ a < [a] }}"), many),
+        (recursive, many),
+        (&wide, "16777216 bytes"),
+        ("{% set a = [0] %}{{ (a * 100000000) ~ 1 }}", many),
+        ("{{ ([0] or 1) * 100000000 ~ 1 }}", "line 1"),
+        ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns ~ 1 }}", held),
+        ("{% set ns = namespace() %}{% set ns.x = [{'a': ns}] %}", held),
+        ("{% set ns = namespace() %}{% set other = namespace(x=ns) %}", held),
+        ("{% set ns = namespace() %}{% set a = [ns] %}{% set ns.x = a %}", held),
+        ("{% set ns = namespace() %}{% for x in [1] %}{{ x | attr(ns) }}{{ {1: ns} }}{% endfor %}", held),
+        ("{% set ns = namespace(a=range(99999)) %}{% set ns.b = range(99999) %}{% set ns.c = range(99999) %}", many),
+        ("{{ debug() }}", "debug is unknown"),
         (&"x".repeat(300_000), "300000 bytes"),
     ];
     let tools = serde_json::json!([]);
@@ -81,15 +113,66 @@ fn hostile_templates_end() {
         |source: &str| ChatTemplate::new(source, "", "").and_then(|template| template.render(&[], Some(&tools), false));
     for (source, problem) in hostile {
         let error = run(source).unwrap_err().to_string();
-        assert!(error.contains(problem), "{:.60}: {error}", source);
+        assert!(error.contains(problem), "{:.120}: {error}", source);
     }
     // Deep, and harmless: the stack takes them.
-    for source in [
-        grown("[ns.x]", 100_000, "{{ ns.x == 1 }}"),
-        grown("[ns.x]", 100_000, "{{ (ns.x ~ 1) | length }}"),
-        format!("{{{{ {}1 }}}}", "not ".repeat(50_000)),
-        format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000)),
-    ] {
+    for source in [format!("{{{{ {}1 }}}}", "not ".repeat(50_000)), format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000))]
+    {
         run(&source).unwrap();
     }
+}
+
+/// Comparing two lists that share no memory visits all of both, and pays for it.
+#[test]
+fn comparisons_run_out_of_fuel() {
+    let source = |compare: &str| {
+        let [a, b] = ["a", "b"].map(|name| format!("{{% set {name} = [range(99999) | list, []] %}}"));
+        format!("{a}{b}{{% for i in range(99999) %}}{{{{ {compare} }}}}{{% endfor %}}")
+    };
+    for compare in [
+        "a == b",
+        "1 if a is eq(b) else 0",
+        "a < b < a",
+        "b in [a, 1]",
+        "[a].count(b)",
+        "loop.changed(a if i % 2 else b)",
+        "[a, 1] | select('eq', b) | length",
+    ] {
+        let template = ChatTemplate::new(&source(compare), "", "").unwrap();
+        let error = template.render(&[], None, false).unwrap_err().to_string();
+        assert!(error.contains("fuel"), "{compare}: {error}");
+    }
+}
+
+/// What the guards of values must leave as it is: jumps over them, chained comparisons, recursion, errors with their lines.
+#[test]
+fn templates_compute_as_without_the_guards() {
+    let cases = [
+        (
+            "{% for a, b in [(1, 2), (3, 4)] if a < b <= 4 %}{{ a + b }}{{ ' ' if not loop.last }}{% else %}-{% endfor %}",
+            "3 7",
+        ),
+        ("{{ 3 < 2 < 1 }} {{ 1 < 2 < 3 == 3 }} {{ 1 not in [2] }}", "False True True"),
+        ("{% for x in [[1, [2]], 3] recursive %}{{ loop(x) if x is iterable else x }},{% endfor %}", "1,2,,,3,"),
+        (
+            "{% macro m(a, b=[1]) %}{{ a }}{{ b[0] }}{{ caller() if caller }}{% endmacro %}{{ m(*[5], **{'b': [6]}) }}{% call m(7) %}x{% endcall %}",
+            "5671x",
+        ),
+        (
+            "{% set ns = namespace(a=1) %}{% for i in [1, 2] %}{% set ns.a, ns.b = ns.a + i, [i] %}{% endfor %}{{ ns.a }}{{ ns.b }}",
+            "4[2]",
+        ),
+        (
+            "{% set x %}{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endset %}{{ x | upper }}",
+            "013",
+        ),
+        ("{{ [1, 2][1] if false or [] else {'a': (1, 2)}.a | sum }}", "3"),
+    ];
+    for (source, wanted) in cases {
+        let got = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false);
+        assert_eq!(got.unwrap(), wanted, "{source}");
+    }
+    let source = "1\n2 {{ [1, 2] }}\n{{ 'x' | nothing }}";
+    let error = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false).unwrap_err().to_string();
+    assert!(error.contains("chat_template:3"), "{error}");
 }

@@ -4,7 +4,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::blocks::blocks;
 use common::{assert_close, devices, f64s, random};
+use metal_candle::backend::quantized::Kind;
 use metal_candle::backend::reference::{self, fused_lora::Problem};
 use metal_candle::training::{LoRAConfig, LoRALayer, LoRALinear};
 
@@ -132,7 +134,7 @@ fn dropout_is_peft_s() {
 fn the_plain_pass_equals_the_tape() {
     for device in devices() {
         let w = random(&[9, 12], DType::F32, 5).to_device(&device).unwrap();
-        let linear = LoRALinear::new(w, None, Some(layer(&device, 0.0))).unwrap();
+        let linear = LoRALinear::new(w.clone(), None, Some(layer(&device, 0.0))).unwrap();
         let x = Var::from_tensor(&random(&[7, 12], DType::F32, 1).to_device(&device).unwrap()).unwrap();
         let g = random(&[7, 9], DType::F32, 4).to_device(&device).unwrap();
         let y = linear.forward(&x).unwrap();
@@ -146,9 +148,37 @@ fn the_plain_pass_equals_the_tape() {
         assert_close("dA", &da, &f64s(gradients.get(adapter.a()).unwrap()));
         assert_close("dB", &db, &f64s(gradients.get(adapter.b()).unwrap()));
 
-        let bare = LoRALinear::new(linear.weight().clone(), None, None).unwrap();
+        let bare = LoRALinear::new(w, None, None).unwrap();
         let error = bare.backward(&x, None, &g, None, None, Some(&da), None, None, None).unwrap_err().to_string();
         assert!(error.contains("no adapter"), "{error}");
+    }
+}
+
+#[test]
+fn a_quantized_base_is_the_tensor_of_its_values() {
+    for device in devices() {
+        let (w, values) = blocks(Kind::Q4_0, (9, 32), 5);
+        let dense: Vec<f32> = values.iter().map(|&value| value as f32).collect();
+        let dense = Tensor::from_vec(dense, (9, 32), &device).unwrap();
+        let adapter = || {
+            let of = |shape: [usize; 2], seed| random(&shape, DType::F32, seed).to_device(&device).unwrap();
+            LoRALayer::from_tensors(of([32, 4], 1), of([4, 9], 2), 0.5).unwrap()
+        };
+        let linear = LoRALinear::new(w.to_device(&device).unwrap(), None, Some(adapter())).unwrap();
+        let want = LoRALinear::new(dense, None, Some(adapter())).unwrap();
+        let x = Var::from_tensor(&random(&[7, 32], DType::F32, 3).to_device(&device).unwrap()).unwrap();
+        let g = random(&[7, 9], DType::F32, 4).to_device(&device).unwrap();
+        let (y, want_y) = (linear.forward(&x).unwrap(), want.forward(&x).unwrap());
+        assert_close("y", &y, &f64s(&want_y));
+        assert_close("the plain y", &linear.forward_saved(&x, None).unwrap().0, &f64s(&want_y));
+        let want_dx = gradients(&want_y, &g);
+        assert_close("dx", gradients(&y, &g).get(&x).unwrap(), &f64s(want_dx.get(&x).unwrap()));
+        let dx = x.zeros_like().unwrap().detach();
+        let backward = |dw| linear.backward(&x, None, &g, None, Some(&dx), None, None, dw, None);
+        backward(None).unwrap();
+        assert_close("the plain dx", &dx, &f64s(want_dx.get(&x).unwrap()));
+        let error = backward(Some(&dx)).unwrap_err().to_string();
+        assert!(error.contains("dw"), "{error}");
     }
 }
 

@@ -5,15 +5,17 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::blocks::blocks;
 use common::{FLOATS, assert_close, assert_within, f64s, offset, random, strided, tolerance, transposed};
 use metal_candle::backend::custom_ops::adamw::{self, AdamW};
 use metal_candle::backend::custom_ops::attention::{AttentionArgs, Sequence};
 use metal_candle::backend::custom_ops::cross_entropy::{self, IGNORE};
 use metal_candle::backend::custom_ops::{
-    FusedLoRAOp, Sink, attention, embedding, fused_lora_with_dropout, rms_norm, rope, swiglu,
+    FusedLoRAOp, Sink, attention, dequantize, embedding, fused_lora_with_dropout, linear, rms_norm, rope, swiglu,
 };
 use metal_candle::backend::dropout::Dropout;
 use metal_candle::backend::metal::fused_lora as kernels;
+use metal_candle::backend::quantized::Kind;
 use metal_candle::backend::reference::{
     self as judge,
     fused_lora::{self as reference, Problem},
@@ -227,6 +229,26 @@ fn elementwise_ops_and_rows() {
         let dtable = ones(&[11, 70], DType::F32, &device);
         embedding::backward(&ids, &offset(&rows), &dtable).unwrap();
         assert_close("dtable", &dtable, &plus_one(&judge::embedding::backward(&ids, &f64s(&rows), 70, 11)));
+    }
+}
+
+#[test]
+fn quantized_weights() {
+    let Some(device) = metal() else { return };
+    for kind in Kind::ALL {
+        let (w, values) = blocks(kind, (39, 512), 1);
+        let w = w.to_device(&device).unwrap();
+        for dtype in FLOATS {
+            assert_close(&format!("{kind:?} as {dtype:?}"), &dequantize(&w, dtype).unwrap(), &values);
+        }
+        let random = |shape: &[usize], seed| random(shape, DType::F32, seed).to_device(&device).unwrap();
+        let (x, g) = (random(&[5, 512], 2), random(&[5, 39], 3));
+        let want = judge::linear::forward(&f64s(&x), &values, None, [5, 512, 39]);
+        assert_close(&format!("{kind:?}: y"), &linear::forward(&x, &w, None).unwrap(), &want);
+        let dx = ones(&[5, 512], DType::F32, &device);
+        linear::backward(&x, &w, &g, Some(&dx), None, None).unwrap();
+        let (want, _, _) = judge::linear::backward(&f64s(&x), &values, &f64s(&g), [5, 512, 39]);
+        assert_close(&format!("{kind:?}: dx"), &dx, &plus_one(&want));
     }
 }
 

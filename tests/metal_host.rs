@@ -8,6 +8,8 @@ mod attention;
 mod common;
 #[path = "metal_host/decoder.rs"]
 mod decoder;
+#[path = "metal_host/dequantize.rs"]
+mod dequantize;
 #[path = "metal_host/harness.rs"]
 mod harness;
 #[path = "metal_host/lora.rs"]
@@ -25,6 +27,7 @@ use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::metal::plan::{
     self as plans, Slot, Source, adamw, cross_entropy, embedding, fused_lora, rms_norm, rope, swiglu,
 };
+use metal_candle::backend::quantized::Kind;
 use run::{RAN, Run};
 
 fn compile(source: Source) -> Host {
@@ -161,6 +164,18 @@ fn every_attention_kernel_agrees_with_the_reference() {
     run_all(Source::Attention, &runs, |host, run: &Run| run.check(host));
 }
 
+#[test]
+fn every_dequantize_kernel_agrees_with_the_reference() {
+    let mut runs = Vec::new();
+    for (kind, dtype) in Kind::ALL.into_iter().flat_map(|kind| FLOATS.map(|dtype| (kind, dtype))) {
+        // One block, odd numbers of them, more than a threadgroup's, none.
+        for (rows, blocks) in [(1, 1), (3, 5), (7, 13), (0, 1)] {
+            runs.push(dequantize::dequantized(kind, rows, blocks, dtype));
+        }
+    }
+    run_all(Source::Dequantize, &runs, |host, run: &Run| run.check(host));
+}
+
 /// Rust's parameters and the shader's are the same bytes.
 #[test]
 fn parameters_have_one_layout() {
@@ -180,6 +195,7 @@ fn parameters_have_one_layout() {
         Training "SquaresParams" adamw::SquaresParams;
         Training "CrossEntropyParams" cross_entropy::Params;
         Attention "AttentionParams" plans::attention::Params;
+        Dequantize "DequantizeParams" plans::dequantize::Params;
     }
     let (text, layout) = (Source::Lora.text(), fused_lora::Params::LAYOUT);
     let check = |text: &str| harness::check_layout(text, "LoraParams", size_of::<fused_lora::Params>(), layout);
@@ -192,7 +208,13 @@ fn parameters_have_one_layout() {
 /// `host.cpp` hands over arguments by their place, the GPU by their attributes: both must mean the same.
 #[test]
 fn attributes_are_in_order() {
-    for (source, kernels) in [(Source::Lora, 8), (Source::Decoder, 11), (Source::Training, 3), (Source::Attention, 3)] {
+    for (source, kernels) in [
+        (Source::Lora, 8),
+        (Source::Decoder, 11),
+        (Source::Training, 3),
+        (Source::Attention, 3),
+        (Source::Dequantize, 1),
+    ] {
         let signatures = harness::signatures(source.text());
         assert_eq!(signatures.len(), kernels, "{source:?}");
         for (kernel, attributes) in &signatures {

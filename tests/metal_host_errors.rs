@@ -7,6 +7,8 @@ mod attention;
 mod common;
 #[path = "metal_host/decoder.rs"]
 mod decoder;
+#[path = "metal_host/dequantize.rs"]
+mod dequantize;
 #[path = "metal_host/harness.rs"]
 mod harness;
 #[path = "metal_host/lora.rs"]
@@ -185,6 +187,42 @@ fn planted_errors_of_the_decoder_are_seen() {
             ("if (i == target) {", "if (index == 0) {"),
             ("params.scale * (exp(value - log_sum)", "(exp(value - log_sum)"),
             ("ulong(group.x) * params.vocabulary", "group.x"),
+        ],
+    );
+}
+
+#[test]
+fn planted_errors_of_dequantize_are_seen() {
+    check_planted(
+        Source::Dequantize,
+        &[
+            ("int(code ^ 128) - 128", "int(code)"),
+            ("codes[j % 16] >> (j < 16 ? 0 : 4)", "codes[j % 16] >> (j < 16 ? 4 : 0)"),
+            ("codes[j % 16]", "codes[j / 2]"),
+            ("bits[j / 8] >> (j % 8)", "bits[j % 4] >> (j % 8)"),
+            ("group < 4 ? packed[group] & 63", "group < 8 ? packed[group] & 63"),
+            ("((packed[group - 4] >> 6) << 4)", "0"),
+            ("group < 4 ? packed[group + 4] & 63", "group < 4 ? packed[group] & 63"),
+            ("((packed[group] >> 6) << 4);", "0;"),
+            ("half_at(block + 2) * float(minimum)", "half_at(block) * float(minimum)"),
+            ("float(nibble(block + 2, i)) - 8.0f", "float(nibble(block + 2, i)) - 7.0f"),
+            ("float(nibble(block + 4, i)) + half_at(block + 2)", "float(nibble(block + 4, i)) + half_at(block)"),
+            ("fifth_bit(block + 2, i)", "fifth_bit(block + 4, i)"),
+            ("fifth_bit(block + 4, i))", "fifth_bit(block + 4, 0))"),
+            ("block[16 + group / 2 * 32 + i % 32]", "block[16 + group * 16 + i % 32]"),
+            ("(block[16 + i % 32] >> group) & 1", "(block[16 + i % 32] >> (group / 2)) & 1"),
+            ("(group % 2 * 4)) & 15;\n        uint high", "(group / 4 * 4)) & 15;\n        uint high"),
+            ("i / 128 * 64 + part % 2 * 32", "i / 128 * 64 + part / 2 * 32"),
+            ("block[128 + i / 128 * 32", "block[128"),
+            ("block[192 + i / 16]", "block[192 + i / 32]"),
+            ("values[nibble(block + 4 + i / 32 * 16, i % 32)]", "values[nibble(block + 4, i % 32)]"),
+            ("0.2461123f", "0.2561123f"),
+            ("float(nibble(block + 8, i)) + float_at(block + 4)", "float(nibble(block + 8, i)) - float_at(block + 4)"),
+            ("float(block[8 + i])", "signed_byte(block[8 + i])"),
+            ("if (eighth >= params.eighths)", "if (eighth > params.eighths)"),
+            ("group.x * simdgroups * LANES + index", "group.x * LANES + index"),
+            ("eighth % (K::LENGTH / 8) * 8", "eighth % 4 * 8"),
+            ("ulong at = ulong(eighth) * 8;", "ulong at = ulong(index) * 8;"),
         ],
     );
 }

@@ -4,11 +4,11 @@
 
 mod common;
 
-use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
+use common::blocks::blocks;
 use common::{FLOATS, assert_close, f64s, random, strided, test_device};
 use metal_candle::backend::custom_ops::lora_linear::{Adapter, Part, backward_shared, forward_add, forward_shared};
-use metal_candle::backend::custom_ops::{cross_entropy, dequantize, embedding, linear};
+use metal_candle::backend::custom_ops::{Weight, cross_entropy, dequantize, embedding, linear, lora_linear};
 use metal_candle::backend::quantized::{Kind, QuantizedTensor};
 use metal_candle::backend::reference::{self, fused_lora::Problem};
 
@@ -16,53 +16,9 @@ const K: usize = 512;
 
 /// A random matrix `[n, 512]` of a kind, and its values.
 fn weight(kind: Kind, n: usize, seed: u64) -> (QuantizedTensor, Vec<f64>) {
-    let dense = random(&[n, K], DType::F32, seed);
-    let device = test_device();
-    if let Some(dtype) = kind.ggml() {
-        let values = QTensor::quantize(&dense, dtype).unwrap().dequantize(&Device::Cpu).unwrap();
-        return (QuantizedTensor::quantize(&dense, kind).unwrap().to_device(&device).unwrap(), f64s(&values));
-    }
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let (mut bytes, mut values) = (Vec::new(), Vec::new());
-    for _ in 0..n * K / kind.block_len() {
-        let (scale, min) = (rng.f32() + 0.5, if kind == Kind::Nf4 { 0.0 } else { -4.0 * rng.f32() });
-        bytes.extend(scale.to_le_bytes());
-        if kind != Kind::Nf4 {
-            bytes.extend(min.to_le_bytes());
-        }
-        for _ in 0..kind.block_len() / 32 {
-            let codes: Vec<u8> =
-                (0..32).map(|_| if kind == Kind::Affine8 { rng.u8(..) } else { rng.u8(..16) }).collect();
-            match kind {
-                Kind::Affine8 => bytes.extend(&codes),
-                _ => bytes.extend((0..16).map(|j| codes[j] | codes[j + 16] << 4)),
-            }
-            let value = |code: u8| if kind == Kind::Nf4 { NF4[usize::from(code)] } else { f64::from(code) };
-            values.extend(codes.into_iter().map(|code| f64::from(scale) * value(code) + f64::from(min)));
-        }
-    }
-    (QuantizedTensor::new(kind, bytes, (n, K), &device).unwrap(), values)
+    let (w, values) = blocks(kind, (n, K), seed);
+    (w.to_device(&test_device()).unwrap(), values)
 }
-
-/// As bitsandbytes 0.50.2 gives them (`get_4bit_type("nf4")`).
-const NF4: [f64; 16] = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-];
 
 fn on(shape: &[usize], dtype: DType, seed: u64) -> Tensor {
     random(shape, dtype, seed).to_device(&test_device()).unwrap()
@@ -185,4 +141,75 @@ fn what_has_no_gradient_is_refused() {
     assert!(error.contains("dhead") && error.contains("quantized"), "{error}");
     let wrong = on(&[2, 256], DType::F32, 19);
     assert!(linear::forward(&wrong, &w, None).is_err());
+}
+
+/// x, A and B of a small problem, as variables.
+fn variables(k: usize, n: usize) -> [Var; 3] {
+    let of = |shape: [usize; 2], seed| Var::from_tensor(&on(&shape, DType::F32, seed)).unwrap();
+    [of([3, k], 20), of([k, 4], 21), of([4, n], 22)]
+}
+
+/// On Candle's tape a quantized weight gives what the tensor of its values gives: the output, and gradients for x, A and B.
+#[test]
+fn the_tape_forms_agree_with_those_of_the_dequantized_weight() {
+    for kind in Kind::ALL {
+        let (w, values) = weight(kind, 10, 23);
+        let dense: Vec<f32> = values.iter().map(|&value| value as f32).collect();
+        let dense = Tensor::from_vec(dense, (10, K), &test_device()).unwrap();
+        let [x, a, b] = variables(K, 10);
+        let (bias, g) = (on(&[10], DType::F32, 24), on(&[3, 10], DType::F32, 25));
+        let adapted = |w: Weight| lora_linear(&x, w, Some(&bias), &a, &b, 1.5).unwrap();
+        let plain = |w: Weight| linear::linear(&x, w, Some(&bias)).unwrap();
+        let loss = |w: Weight| cross_entropy::cross_entropy(&(x.as_tensor() * 0.1).unwrap(), w, &[3, 9, 0]).unwrap();
+        for (what, y, want) in [
+            ("lora_linear", adapted((&w).into()), adapted((&dense).into())),
+            ("linear", plain((&w).into()), plain((&dense).into())),
+            ("cross_entropy", loss((&w).into()), loss((&dense).into())),
+        ] {
+            assert_close(&format!("{kind:?}: {what}"), &y, &f64s(&want));
+            let backward = |y: &Tensor| match y.rank() {
+                0 => y.backward().unwrap(),
+                _ => (y * &g).unwrap().sum_all().unwrap().backward().unwrap(),
+            };
+            let (got, want) = (backward(&y), backward(&want));
+            for (name, variable) in [("dx", &x), ("dA", &a), ("dB", &b)] {
+                match (got.get(variable), want.get(variable)) {
+                    (Some(got), Some(want)) => assert_close(&format!("{kind:?}: {what}: {name}"), got, &f64s(want)),
+                    (got, want) => assert!(got.is_none() && want.is_none() && what != "lora_linear", "{what}: {name}"),
+                }
+            }
+        }
+    }
+}
+
+/// Differences of the f64 reference over the blocks' values, without a tape.
+#[test]
+fn the_tapes_gradients_are_those_of_finite_differences() {
+    let (k, n, s) = (64, 5, 0.75);
+    let (w, values) = blocks(Kind::Nf4, (n, k), 26);
+    let w = w.to_device(&test_device()).unwrap();
+    let [x, a, b] = variables(k, n);
+    let g = on(&[3, n], DType::F32, 27);
+    let y = lora_linear(&x, &w, None, &a, &b, s).unwrap();
+    let got = (y * &g).unwrap().sum_all().unwrap().backward().unwrap();
+    let inputs = [&x, &a, &b].map(|variable| f64s(variable));
+    let weighted = |inputs: &[Vec<f64>; 3]| {
+        let [x, a, b] = inputs.clone();
+        let problem = Problem { size: [3, k, 4, n], x, a, b, s, mask: None };
+        let (y, _) = reference::lora_linear::forward(&problem, &values, None);
+        y.iter().zip(f64s(&g)).map(|(y, g)| y * g).sum::<f64>()
+    };
+    for (which, variable) in [&x, &a, &b].into_iter().enumerate() {
+        let step = 1e-3;
+        let difference = |at: usize| {
+            let moved = |by: f64| {
+                let mut inputs = inputs.clone();
+                inputs[which][at] += by;
+                weighted(&inputs)
+            };
+            (moved(step) - moved(-step)) / (2.0 * step)
+        };
+        let want: Vec<f64> = (0..inputs[which].len()).map(difference).collect();
+        assert_close(["dx", "dA", "dB"][which], got.get(variable).unwrap(), &want);
+    }
 }

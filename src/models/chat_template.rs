@@ -2,14 +2,17 @@
 //! methods, `raise_exception`, `strftime_now`, `tojson` without HTML escapes.
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
-//! the values that it prints are limited, and it is parsed and run on a stack of its own, since the engine follows nesting by
-//! recursion. One hole is known: a list of the same list twice, sixty times over, or a namespace that holds itself, is small;
-//! turning it into a string other than by printing it (`~`, `string`, `join`) runs on without end or past the stack. A namespace
-//! that holds itself is never freed.
+//! the values that it builds are limited ([`bounded`]), and it is parsed and run on a stack of its own, since the engine follows
+//! nesting by recursion.
 
+mod bounded;
+
+use std::collections::BTreeMap;
+
+use minijinja::machinery::{self, CodeGenerator, Instructions};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Serde, ValueKind};
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value, context};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -38,6 +41,7 @@ impl Message {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     bos: String,
     eos: String,
 }
@@ -53,10 +57,6 @@ const LONGEST: usize = 256 << 10;
 /// The engine's deepest recursion: nesting as deep as [`FUEL`] and [`LONGEST`] allow. What is not touched takes no memory.
 const STACK: usize = 512 << 20;
 
-/// Lists and maps within each other, and values in all, that a template may print at once.
-const DEEPEST: usize = 100;
-const MOST: usize = 1_000_000;
-
 impl ChatTemplate {
     /// Parses a template; `bos` and `eos` are the tokens that it may write.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
@@ -64,28 +64,23 @@ impl ChatTemplate {
             let length = source.len();
             return Err(Error::Text(format!("the model's chat template has {length} bytes; {LONGEST} are read")));
         }
-        stacker::grow(STACK, || Self::parse(source, bos, eos))
-    }
-
-    fn parse(source: &str, bos: &str, eos: &str) -> Result<Self> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|error| failed("cannot be set up", &error))?);
-        environment.set_fuel(Some(FUEL));
-        environment.set_formatter(|out, state, value| {
-            printable(value)?;
-            minijinja::escape_formatter(out, state, value)
-        });
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_filter("tojson", tojson);
         // Marks the assistant's text for masks in transformers; it prints nothing of its own.
         let source = without_generation_tags(source);
-        environment.add_template_owned(NAME, source).map_err(|error| failed("cannot be parsed", &error))?;
-        Ok(Self { environment, bos: bos.to_string(), eos: eos.to_string() })
+        let template = Self { environment: environment(), source, bos: bos.to_string(), eos: eos.to_string() };
+        stacker::grow(STACK, || {
+            template.instructions().map(|_| ()).map_err(|error| failed("cannot be parsed", &error))
+        })?;
+        Ok(template)
+    }
+
+    /// Compiled anew for each rendering: instructions borrow the source.
+    fn instructions(&self) -> Result<Instructions<'_>, minijinja::Error> {
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        let parsed = machinery::parse(&self.source, NAME, syntax)?;
+        bounded::literals(&parsed)?;
+        let mut code = CodeGenerator::new(NAME, &self.source);
+        code.compile_stmt(&parsed);
+        Ok(bounded::guarded(&code.finish().0))
     }
 
     /// Renders a conversation; with `add_generation_prompt` it ends where the assistant's next turn begins.
@@ -95,7 +90,6 @@ impl ChatTemplate {
         tools: Option<&serde_json::Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let template = self.environment.get_template(NAME).map_err(|error| failed("is missing", &error))?;
         let tools = tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)));
         let values = context! {
             messages => Value::from(Serde(messages)),
@@ -104,38 +98,37 @@ impl ChatTemplate {
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
         };
-        stacker::grow(STACK, || {
-            template.render(values).map_err(|error| failed("cannot render this conversation", &error))
-        })
+        let rendered = || {
+            let instructions = self.instructions()?;
+            let mut text = String::new();
+            let mut out = machinery::make_string_output(&mut text);
+            let blocks = BTreeMap::new();
+            machinery::eval(&self.environment, &instructions, values, &blocks, &mut out, AutoEscape::None)?;
+            Ok(text)
+        };
+        stacker::grow(STACK, rendered).map_err(|error| failed("cannot render this conversation", &error))
     }
 }
 
-/// Refuses values that print without end, or too deep.
-fn printable(value: &Value) -> Result<(), minijinja::Error> {
-    let mut left = MOST;
-    if counted(value, DEEPEST, &mut left) {
-        return Ok(());
-    }
-    let problem = format!("a value is over {DEEPEST} deep or has over {MOST} parts, which is not printed");
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem))
-}
-
-fn counted(value: &Value, depth: usize, left: &mut usize) -> bool {
-    if *left == 0 {
-        return false;
-    }
-    *left -= 1;
-    match value.kind() {
-        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map => {
-            let Ok(parts) = value.try_iter() else { return true };
-            let mut parts = parts.map(|part| match value.kind() {
-                ValueKind::Map => value.get_item(&part).unwrap_or_default(),
-                _ => part,
-            });
-            depth > 0 && parts.all(|part| counted(&part, depth - 1, left))
-        }
-        _ => true,
-    }
+/// What templates may call, and what they run on.
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_fuel(Some(FUEL));
+    environment.set_formatter(|out, state, value| {
+        bounded::bounded(state, value)?;
+        minijinja::escape_formatter(out, state, value)
+    });
+    environment.set_unknown_method_callback(|state, value, method, args| {
+        bounded::bounded(state, value)?;
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+    });
+    environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_filter("tojson", tojson);
+    bounded::install(&mut environment);
+    environment
 }
 
 fn failed(what: &str, error: &minijinja::Error) -> Error {
@@ -164,7 +157,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which is what transformers installs.
-fn tojson(value: Value, options: minijinja::value::Kwargs) -> Result<Value, minijinja::Error> {
+fn tojson(state: &mut State, value: Value, options: minijinja::value::Kwargs) -> Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     // Others of json.dumps' arguments (ensure_ascii, separators, sort_keys) are refused rather than missed.
     options.assert_all_used()?;
@@ -173,15 +166,23 @@ fn tojson(value: Value, options: minijinja::value::Kwargs) -> Result<Value, mini
         let problem = format!("tojson's indent is {wide}; at most {WIDEST} is taken");
         return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
     }
-    printable(&value)?;
+    bounded::bounded(state, &value)?;
     let json = serde_json::to_value(&value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     let mut text = String::new();
     write_json(&json, indent, 0, &mut text);
+    if text.len() > bounded::TEXT {
+        let problem = format!("tojson wrote over {} bytes", bounded::TEXT);
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
+    }
     Ok(Value::from_safe_string(text))
 }
 
+/// Stops where [`tojson`] refuses the text.
 fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
+    if out.len() > bounded::TEXT {
+        return;
+    }
     let line = |depth: usize, out: &mut String| {
         if let Some(width) = indent {
             out.push('\n');

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use crate::backend::custom_ops::weight::{Frozen, Weight};
 use crate::backend::custom_ops::{FusedLoRAOp, Sink, fused_lora, linear, lora_linear};
 use crate::backend::dropout::{Dropout, philox};
 use crate::{Error, Result};
@@ -184,22 +185,23 @@ impl LoRALayer {
 #[derive(Debug)]
 pub struct LoRALinear {
     /// W, `[n, k]`.
-    pub(crate) weight: Tensor,
+    weight: Frozen,
     /// `[n]`
     pub(crate) bias: Option<Tensor>,
     pub(crate) adapter: Option<LoRALayer>,
 }
 
 impl LoRALinear {
-    /// `weight` `[n, k]`, `bias` `[n]`, an adapter from k to n.
+    /// `weight` `[n, k]`, a tensor or quantized, `bias` `[n]`, an adapter from k to n.
     ///
     /// # Errors
     /// Parts that do not fit each other in shape.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, adapter: Option<LoRALayer>) -> Result<Self> {
+    pub fn new(weight: impl Into<Frozen>, bias: Option<Tensor>, adapter: Option<LoRALayer>) -> Result<Self> {
         const OP: &str = "LoRALinear";
-        let (n, k) = match *weight.dims() {
+        let weight = weight.into();
+        let (n, k) = match *weight.borrow().dims() {
             [n, k] if n > 0 && k > 0 => (n, k),
-            _ => return Err(Error::op(OP, format!("weight {:?} must be [n, k], not empty", weight.dims()))),
+            ref dims => return Err(Error::op(OP, format!("weight {dims:?} must be [n, k], not empty"))),
         };
         if let Some(bias) = bias.as_ref().filter(|bias| bias.dims() != [n]) {
             return Err(Error::op(OP, format!("bias {:?} does not fit weight [{n}, {k}]", bias.dims())));
@@ -214,8 +216,8 @@ impl LoRALinear {
     }
 
     /// The frozen weight W, `[n, k]`.
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    pub fn weight(&self) -> Weight<'_> {
+        self.weight.borrow()
     }
 
     /// The frozen bias, `[n]`.
@@ -238,7 +240,7 @@ impl LoRALinear {
     /// # Errors
     /// A wrong shape, dtype or device; the message names the tensor and both shapes.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (w, bias) = (&self.weight, self.bias.as_ref());
+        let (w, bias) = (self.weight(), self.bias.as_ref());
         match &self.adapter {
             Some(adapter) => {
                 let LoRALayer { a, b, scaling, .. } = adapter;
@@ -253,7 +255,7 @@ impl LoRALinear {
     /// # Errors
     /// A wrong shape, dtype or device; the message names the tensor and both shapes.
     pub fn forward_saved(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Option<Tensor>)> {
-        let (w, bias) = (&self.weight, self.bias.as_ref());
+        let (w, bias) = (self.weight(), self.bias.as_ref());
         match &self.adapter {
             Some(LoRALayer { a, b, scaling, .. }) => {
                 let (y, h) = lora_linear::forward(x, w, bias, a, b, *scaling, dropout)?;
@@ -282,8 +284,7 @@ impl LoRALinear {
         dw: Option<&Tensor>,
         dbias: Option<&Tensor>,
     ) -> Result<()> {
-        let w = &self.weight;
-        linear::backward(x, w, g, dx, dw, dbias)?;
+        linear::backward(x, self.weight(), g, dx, dw, dbias)?;
         match &self.adapter {
             Some(LoRALayer { a, b, scaling, .. }) => {
                 fused_lora::backward(x, a, b, h, g, *scaling, dropout, Sink { dx, da, db })

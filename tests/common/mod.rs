@@ -1,6 +1,7 @@
 //! What the tests of the kernels share: random tensors, views that are awkward on purpose, the tolerance table.
 #![allow(dead_code, missing_docs)]
 
+pub mod blocks;
 pub mod tiny;
 
 use std::process::Output;

@@ -23,6 +23,7 @@
 #endif
 
 using uint = uint32_t;
+using uchar = uint8_t;
 using ushort = uint16_t;
 using ulong = uint64_t;
 

@@ -108,6 +108,7 @@ pub fn bytes(tensor: &Tensor) -> Vec<u8> {
     match tensor.dtype() {
         DType::F16 => flat.to_vec1::<half::f16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
         DType::BF16 => flat.to_vec1::<half::bf16>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
+        DType::U8 => flat.to_vec1().unwrap(),
         _ => flat.to_vec1::<f32>().unwrap().iter().flat_map(|value| value.to_le_bytes()).collect(),
     }
 }

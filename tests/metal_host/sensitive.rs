@@ -4,16 +4,18 @@ use candle_core::DType;
 use metal_candle::backend::custom_ops::attention::Sequence;
 use metal_candle::backend::custom_ops::swiglu::Activation;
 use metal_candle::backend::metal::plan::Source;
+use metal_candle::backend::quantized::Kind;
 
 use crate::attention::{self, Heads};
 use crate::decoder;
+use crate::dequantize::dequantized;
 use crate::harness::Host;
 use crate::lora::{Case, Cases};
 use crate::run::Run;
 
 /// The kernels for f32 alone: a planted error in a template shows there too, and they compile in a fraction of the time.
 fn f32_only(text: &str) -> String {
-    let others = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\"", "ATTENTION(\"_f16\""];
+    let others = ["ADAPTER(f16, f32", "NORM(\"_f16_f16\"", "ATTENTION(\"_f16\"", "KINDS(\"_f16\""];
     let first = others.iter().filter_map(|other| text.find(other)).min().unwrap_or(text.len());
     // Of attention, the smallest size and the one that is summed in two parts.
     let kept =
@@ -56,6 +58,11 @@ impl Sensitive {
                 runs.extend(attention::attention(&one, Heads { query: 1, key: 1, size: 250 }, None, DType::F32));
                 runs.push(attention::large_scores());
                 Self::Runs(runs)
+            }
+            // More elements than two threadgroups make.
+            Source::Dequantize => {
+                let of = |kind: Kind| dequantized(kind, 17, 256 / kind.block_len(), DType::F32);
+                Self::Runs(Kind::ALL.map(of).into())
             }
         }
     }

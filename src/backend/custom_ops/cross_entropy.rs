@@ -177,15 +177,16 @@ pub fn forward_backward<'a>(
 
 /// The mean over the counted rows, f32 `[]`, on Candle's tape, with the gradient for `hidden` only. Any layout.
 /// The gradient is computed together with the loss where `hidden` is tracked.
-pub fn cross_entropy(hidden: &Tensor, head: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    let (hidden, head) = (hidden.contiguous()?, head.detach().contiguous()?);
+pub fn cross_entropy<'a>(hidden: &Tensor, head: impl Into<Weight<'a>>, targets: &[u32]) -> Result<Tensor> {
+    let (hidden, head) = (hidden.contiguous()?, head.into().contiguous()?);
+    let head = head.borrow();
     let mean = |loss: Loss| Tensor::new(loss.mean() as f32, hidden.device());
     if !hidden.track_op() {
-        return Ok(mean(forward(&hidden, &head, targets)?)?);
+        return Ok(mean(forward(&hidden, head, targets)?)?);
     }
     let count = targets.iter().filter(|&&target| target != IGNORE).count();
     let scale = 1.0 / count.max(1) as f32;
-    let (loss, dhidden) = forward_backward(&hidden.detach(), &head, targets, scale, None)?;
+    let (loss, dhidden) = forward_backward(&hidden.detach(), head, targets, scale, None)?;
     record(OP, [&hidden], mean(loss.read()?)?, move |g| {
         Ok([Some(dhidden.broadcast_mul(&g.to_dtype(dhidden.dtype())?)?)])
     })

@@ -8,6 +8,8 @@ use super::check::float_dtype;
 use crate::backend::cpu::floats::{Held, tensor_of};
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+use crate::backend::metal;
 use crate::backend::quantized::QuantizedTensor;
 use crate::{Error, Result};
 
@@ -26,6 +28,10 @@ pub fn dequantize(w: &QuantizedTensor, dtype: DType) -> Result<Tensor> {
         }
         #[cfg(feature = "cuda")]
         device if cuda::takes(device) => cuda::dequantize::dequantize(w, dtype),
-        other => Err(Error::op(OP, format!("quantized weights are not computed with on {other:?} yet"))),
+        #[cfg(all(target_vendor = "apple", feature = "custom-metal"))]
+        device if device.is_metal() => metal::dequantize::dequantize(w, dtype),
+        other => {
+            Err(Error::op(OP, format!("this build has no kernel for quantized weights on {:?}", other.location())))
+        }
     }
 }

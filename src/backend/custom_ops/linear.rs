@@ -10,7 +10,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::check::{self, with_last};
-use super::weight::Weight;
+use super::tape::record;
+use super::weight::{Frozen, Weight};
 use crate::backend::cpu::floats::{Floats, Held, storage_of, tensor_of, update_f32};
 use crate::backend::{cpu, cuda, fallback};
 use crate::{Error, Result};
@@ -136,20 +137,27 @@ pub fn backward<'a>(
 }
 
 /// [`forward`] on Candle's tape: x gets a gradient where it is tracked; W and bias are frozen and get none, even where they
-/// are variables.
+/// are variables. What is quantized stays so until backward.
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let size = Size::of(OP, x, w.into(), bias)?;
-    let (w, bias) = (w.detach(), bias.map(Tensor::detach));
-    if cuda::takes(x.device()) && size.m > 0 && w.dtype() != x.dtype() {
+pub fn linear<'a>(x: &Tensor, w: impl Into<Weight<'a>>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let w = w.into();
+    let size = Size::of(OP, x, w, bias)?;
+    let bias = bias.map(Tensor::detach);
+    if cuda::takes(x.device()) && size.m > 0 && w.differs_from(x.dtype()) {
         // Two dtypes meet in f32 on this device, as they do on the CPU.
-        let y = linear(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, bias.as_ref())?;
+        let y = linear(&x.to_dtype(DType::F32)?, w.to_dtype(DType::F32)?.borrow(), bias.as_ref())?;
         return Ok(y.to_dtype(x.dtype())?);
     }
     if !x.device().is_cpu() && !cuda::takes(x.device()) {
-        return Ok(composite(x, &w, bias.as_ref(), &size)?.reshape(with_last(x.dims(), size.n))?);
+        return match w {
+            Weight::Dense(w) => {
+                let y = composite(x, &w.detach(), bias.as_ref(), &size)?;
+                Ok(y.reshape(with_last(x.dims(), size.n))?)
+            }
+            Weight::Quantized(_) => recorded(x, w, bias.as_ref()),
+        };
     }
     let bias = bias.map(|bias| match cuda::takes(x.device()) {
         true => bias.to_dtype(x.dtype())?.contiguous(),
@@ -159,9 +167,19 @@ pub fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     Ok(x.contiguous()?.apply_op1(taped)?)
 }
 
+/// [`linear`] of plain functions: the products of Candle's tape would keep the weight as a tensor.
+fn recorded(x: &Tensor, w: Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (of, w) = (x.detach(), w.contiguous()?);
+    record(OP, [x], forward(&of, w.borrow(), bias)?, move |g| {
+        let dx = of.zeros_like()?;
+        backward(&of, w.borrow(), g, Some(&dx), None, None)?;
+        Ok([Some(dx)])
+    })
+}
+
 /// The op on the tape; its tensors are contiguous.
 struct Taped {
-    w: Tensor,
+    w: Frozen,
     bias: Option<Tensor>,
     size: Size,
 }
@@ -174,7 +192,7 @@ impl CustomOp1 for Taped {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let bias = self.bias.as_ref().map(|bias| Held::of(OP, "bias", bias)).transpose()?;
         let bias = bias.as_ref().map(|bias| bias.floats().to_f32());
-        let (w, Size { m, k, n }) = (Held::of(OP, "w", &self.w)?, self.size);
+        let (w, Size { m, k, n }) = (Held::weight(OP, "w", self.w.borrow())?, self.size);
         let values = Floats::of(OP, "x", x, layout)?;
         let y = cpu::linear::forward(&values, &w.floats(), bias.as_deref(), m, k, n);
         Ok((storage_of(y, x.dtype()), with_last(layout.dims(), n).into()))
@@ -183,7 +201,8 @@ impl CustomOp1 for Taped {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
         let Size { m, k, n } = self.size;
-        let y = cuda::linear::taped((x, layout), &self.w, self.bias.as_ref(), [m, k, n])?;
+        let w = self.w.borrow().to_dense(x.dtype())?;
+        let y = cuda::linear::taped((x, layout), &w, self.bias.as_ref(), [m, k, n])?;
         Ok((y, with_last(layout.dims(), n).into()))
     }
 
@@ -191,10 +210,11 @@ impl CustomOp1 for Taped {
         #[cfg(feature = "cuda")]
         if cuda::takes(x.device()) {
             let Size { m, k, n } = self.size;
-            return Ok(Some(cuda::linear::gradient(x, &self.w, g, [m, k, n])?));
+            let w = self.w.borrow().to_dense(x.dtype())?;
+            return Ok(Some(cuda::linear::gradient(x, &w, g, [m, k, n])?));
         }
         let dx = x.zeros_like()?;
-        backward(x, &self.w, g, Some(&dx), None, None)?;
+        backward(x, self.w.borrow(), g, Some(&dx), None, None)?;
         Ok(Some(dx))
     }
 }
@@ -240,4 +260,30 @@ pub(super) fn composite(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, size: &Si
         Some(bias) => y.broadcast_add(&bias.to_dtype(x.dtype())?)?,
         None => y,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::backend::quantized::{Kind, QuantizedTensor};
+
+    /// Where there is no op of our own on the tape, it records the plain functions.
+    #[test]
+    fn recorded_is_taped() {
+        let random = |shape: (usize, usize)| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let w = QuantizedTensor::quantize(&random((5, 64)), Kind::Nf4).unwrap();
+        let (x, g) = (Var::from_tensor(&random((64, 3))).unwrap(), random((3, 5)));
+        let x_rows = x.t().unwrap();
+        let both = [linear(&x_rows, &w, None).unwrap(), recorded(&x_rows, (&w).into(), None).unwrap()];
+        let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let dx = |y: &Tensor| {
+            let gradients = (y * &g).unwrap().sum_all().unwrap().backward().unwrap();
+            values(gradients.get(&x).unwrap())
+        };
+        assert_eq!(values(&both[0]), values(&both[1]));
+        assert_eq!(dx(&both[0]), dx(&both[1]));
+        assert!(dx(&both[0]).iter().any(|dx| *dx != 0.0));
+    }
 }

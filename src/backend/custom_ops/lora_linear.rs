@@ -323,11 +323,18 @@ pub fn backward<'a>(
 }
 
 /// [`forward`] without dropout, on Candle's tape: x, A and B get gradients where they are tracked; W and bias get none, even
-/// where they are variables.
+/// where they are variables. What is quantized stays so until backward.
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, a: &Tensor, b: &Tensor, s: f64) -> Result<Tensor> {
+pub fn lora_linear<'a>(
+    x: &Tensor,
+    w: impl Into<Weight<'a>>,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    s: f64,
+) -> Result<Tensor> {
     lora_linear_with_dropout(x, w, bias, a, b, s, None)
 }
 
@@ -335,33 +342,37 @@ pub fn lora_linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, a: &Tensor, b:
 ///
 /// # Errors
 /// A wrong shape, dtype or device; the message names the tensor and both shapes.
-pub fn lora_linear_with_dropout(
+pub fn lora_linear_with_dropout<'a>(
     x: &Tensor,
-    w: &Tensor,
+    w: impl Into<Weight<'a>>,
     bias: Option<&Tensor>,
     a: &Tensor,
     b: &Tensor,
     s: f64,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    let size = check_inputs(x, w.into(), bias, a, b, dropout)?;
-    let (w, bias) = (w.detach(), bias.map(Tensor::detach));
+    let w = w.into();
+    let size = check_inputs(x, w, bias, a, b, dropout)?;
+    let bias = bias.map(Tensor::detach);
     #[cfg(feature = "cuda")]
-    if cuda::takes(x.device()) && size.m > 0 && (w.dtype() != x.dtype() || cuda::lora_linear::in_f32(x, size.cuda()?)) {
-        let [x32, w, a, b] = [x, &w, a, b].map(|tensor| tensor.to_dtype(DType::F32));
-        let y = lora_linear_with_dropout(&x32?, &w?, bias.as_ref(), &a?, &b?, s, dropout)?;
+    if cuda::takes(x.device())
+        && size.m > 0
+        && (w.differs_from(x.dtype()) || cuda::lora_linear::in_f32(x, size.cuda()?))
+    {
+        let [x32, a, b] = [x, a, b].map(|tensor| tensor.to_dtype(DType::F32));
+        let w = w.to_dtype(DType::F32)?;
+        let y = lora_linear_with_dropout(&x32?, w.borrow(), bias.as_ref(), &a?, &b?, s, dropout)?;
         return Ok(y.to_dtype(x.dtype())?);
     }
     if !x.device().is_cpu() && !cuda::takes(x.device()) {
-        let base = linear::composite(x, &w, bias.as_ref(), &linear::Size { m: size.m, k: size.k, n: size.n })?;
-        let delta = fused_lora::fused_lora_with_dropout(x, a, b, s, dropout)?;
-        return Ok((base.reshape(delta.shape())? + delta)?);
+        let base = linear::linear(x, w, bias.as_ref())?;
+        return Ok((base + fused_lora::fused_lora_with_dropout(x, a, b, s, dropout)?)?);
     }
     let bias = bias.map(|bias| match cuda::takes(x.device()) {
         true => bias.to_dtype(x.dtype())?.contiguous(),
         false => bias.contiguous(),
     });
-    let frozen = Base { w: Frozen::Dense(w.contiguous()?), bias: bias.transpose()? };
+    let frozen = Base { w: w.contiguous()?, bias: bias.transpose()? };
     let op = Taped { frozen, s, dropout, size, h: OnceLock::new() };
     Ok(x.contiguous()?.apply_op3(&a.contiguous()?, &b.contiguous()?, op)?)
 }

@@ -1,6 +1,6 @@
 //! A frozen weight of a product, as it is held.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::check;
 use super::dequantize::dequantize;
@@ -19,6 +19,12 @@ pub enum Weight<'a> {
 impl<'a> From<&'a Tensor> for Weight<'a> {
     fn from(tensor: &'a Tensor) -> Self {
         Self::Dense(tensor)
+    }
+}
+
+impl<'a> From<&'a Var> for Weight<'a> {
+    fn from(variable: &'a Var) -> Self {
+        Self::Dense(variable)
     }
 }
 
@@ -53,6 +59,19 @@ impl<'a> Weight<'a> {
         })
     }
 
+    /// The same, a tensor in `dtype`.
+    pub(crate) fn to_dtype(self, dtype: DType) -> Result<Frozen> {
+        Ok(match self {
+            Self::Dense(tensor) => Frozen::Dense(tensor.detach().to_dtype(dtype)?),
+            Self::Quantized(tensor) => Frozen::Quantized(tensor.clone()),
+        })
+    }
+
+    /// Whether it is a tensor of another dtype than `dtype`; what is quantized takes any.
+    pub(super) fn differs_from(self, dtype: DType) -> bool {
+        matches!(self, Self::Dense(tensor) if tensor.dtype() != dtype)
+    }
+
     /// A tensor: itself, or a copy in `dtype` where it is quantized.
     pub(crate) fn to_dense(self, dtype: DType) -> Result<Tensor> {
         match self {
@@ -73,14 +92,29 @@ impl<'a> Weight<'a> {
     }
 }
 
-/// A [`Weight`] of its own, contiguous.
+/// A [`Weight`] of its own.
 #[derive(Debug, Clone)]
-pub(crate) enum Frozen {
+pub enum Frozen {
+    /// f32, f16 or bf16.
     Dense(Tensor),
+    /// Blocks.
     Quantized(QuantizedTensor),
 }
 
+impl From<Tensor> for Frozen {
+    fn from(tensor: Tensor) -> Self {
+        Self::Dense(tensor)
+    }
+}
+
+impl From<QuantizedTensor> for Frozen {
+    fn from(tensor: QuantizedTensor) -> Self {
+        Self::Quantized(tensor)
+    }
+}
+
 impl Frozen {
+    /// As the ops take it.
     pub fn borrow(&self) -> Weight<'_> {
         match self {
             Self::Dense(tensor) => Weight::Dense(tensor),

@@ -15,6 +15,7 @@ on_apple! {
     pub(crate) mod adamw;
     pub(crate) mod attention;
     pub(crate) mod cross_entropy;
+    pub(crate) mod dequantize;
     pub(crate) mod embedding;
     mod encode;
     pub mod fused_lora;

@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dequantize;
 pub mod embedding;
 pub mod fused_lora;
 pub mod rms_norm;
@@ -32,11 +33,13 @@ pub enum Source {
     Training,
     /// Attention.
     Attention,
+    /// Quantized blocks to elements.
+    Dequantize,
 }
 
 impl Source {
     /// Every text.
-    pub const ALL: [Self; 4] = [Self::Lora, Self::Decoder, Self::Training, Self::Attention];
+    pub const ALL: [Self; 5] = [Self::Lora, Self::Decoder, Self::Training, Self::Attention, Self::Dequantize];
 
     /// The text that is compiled. All but the LoRA op's begin with `common.metal`.
     pub fn text(self) -> &'static str {
@@ -49,6 +52,7 @@ impl Source {
                 include_str!("attention.metal")
             ),
             Self::Training => concat!(include_str!("common.metal"), include_str!("training.metal")),
+            Self::Dequantize => concat!(include_str!("common.metal"), include_str!("dequantize.metal")),
         }
     }
 
@@ -59,6 +63,7 @@ impl Source {
             Self::Decoder => "decoder.metal",
             Self::Training => "training.metal",
             Self::Attention => "attention.metal",
+            Self::Dequantize => "dequantize.metal",
         }
     }
 }
@@ -239,6 +244,7 @@ mod tests {
     use super::*;
     use crate::backend::cpu::adamw::Step;
     use crate::backend::custom_ops::swiglu::Activation;
+    use crate::backend::quantized::Kind;
 
     #[test]
     fn counts_beyond_31_bits_are_refused() {
@@ -266,6 +272,7 @@ mod tests {
             adamw::step(many, step),
             adamw::squares(many),
             cross_entropy::rows(&[0], many, None),
+            dequantize::blocks(Kind::Nf4, 8 * many, DType::F32),
         ] {
             let error = plan.unwrap_err().to_string();
             assert!(error.contains("2147483648"), "{error}");

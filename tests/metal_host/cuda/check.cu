@@ -91,6 +91,9 @@ namespace training {
 namespace attention {
 #include ATTENTION
 }
+namespace dequantize {
+#include DEQUANTIZE
+}
 #endif
 
 #undef kernel

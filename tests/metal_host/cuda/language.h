@@ -7,6 +7,7 @@
 #define __METAL_VERSION__ 310
 #define METAL_FUNC __device__ inline
 #define kernel __device__
+#define uchar unsigned char
 #define bfloat __nv_bfloat16
 // CUDA has types of these names that are made in another way.
 #define uint2 metal::vec2<uint>

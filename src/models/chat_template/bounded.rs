@@ -1,0 +1,276 @@
+//! Bounds what a chat template builds, so that nothing it does with a value runs on without end or past the stack.
+//!
+//! The engine's fuel pays for instructions and for what they make, but not for what lies within a value: sixty lists of the list
+//! before, twice, cost a few hundred instructions, and turning the last one into a string takes 2⁶⁰ steps. So each instruction that
+//! makes a value is followed by a test of it, and one that may compare is preceded by a test of its last operand, which pays for what
+//! the test visits. A namespace may hold no other and may not lie within another value: what was tested cannot grow
+//! afterwards, nor hold itself.
+//!
+//! The instructions are minijinja's own (`unstable_machinery`), which is why its minor version is pinned: an instruction that is new
+//! there may have to be listed in [`around`].
+
+use std::sync::LazyLock;
+
+use minijinja::machinery::ast::{BinOpKind, CallArg, Expr, Stmt};
+use minijinja::machinery::{Instruction, Instructions};
+use minijinja::value::{Value, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, Error, ErrorKind, State};
+
+/// Lists and maps within each other, values in all and bytes of text that a value may have.
+const DEEPEST: usize = 100;
+const MOST: usize = 200_000;
+pub(super) const TEXT: usize = 16 << 20;
+
+/// Values that are visited for one unit of fuel, which is what an instruction costs.
+const VISITED_FOR_FUEL: usize = 16;
+
+const BOUNDED: &str = "bounded";
+const ASSIGNABLE: &str = "assignable";
+
+/// Installs the tests that [`guarded`] instructions call.
+pub(super) fn install(environment: &mut Environment) {
+    environment.add_test(BOUNDED, |state: &mut State, value: ValueOrKwargs| -> Result<bool, Error> {
+        bounded(state, &value.into_value()).map(|()| true)
+    });
+    environment.add_test(ASSIGNABLE, |state: &mut State, value: Value, target: Value| -> Result<bool, Error> {
+        let mut weight = Weight::default();
+        weight.add(&value, 1)?;
+        if is_namespace(&target) {
+            weight.add(&target, 0)?;
+        }
+        weight.pay(state).map(|()| true)
+    });
+    // It prints every variable at once.
+    environment.remove_global("debug");
+}
+
+/// Refuses a value that is too deep or too large.
+pub(super) fn bounded(state: &State, value: &Value) -> Result<(), Error> {
+    if value.as_object().is_none() {
+        return Ok(());
+    }
+    let mut weight = Weight::default();
+    weight.add(value, 0)?;
+    weight.pay(state)
+}
+
+/// What lies within a value, itself included.
+#[derive(Default)]
+struct Weight {
+    parts: usize,
+    text: usize,
+}
+
+impl Weight {
+    fn add(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        self.parts += 1;
+        self.text += value.as_str().map_or(0, str::len);
+        if depth > DEEPEST || self.parts > MOST || self.text > TEXT {
+            return Err(problem(format!(
+                "a value is over {DEEPEST} deep, or has over {MOST} parts or {TEXT} bytes, which chat templates may not build"
+            )));
+        }
+        if depth > 0 && is_namespace(value) {
+            return Err(problem("a namespace is put into another value, which chat templates may not do".to_string()));
+        }
+        let keyed = match value.kind() {
+            ValueKind::Map => true,
+            ValueKind::Seq | ValueKind::Iterable => false,
+            _ => return Ok(()),
+        };
+        let Ok(parts) = value.try_iter() else { return Ok(()) };
+        for part in parts {
+            self.add(&part, depth + 1)?;
+            if keyed {
+                self.add(&value.get_item(&part).unwrap_or_default(), depth + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pay(&self, state: &State) -> Result<(), Error> {
+        state.consume_fuel((self.parts / VISITED_FOR_FUEL) as u64)
+    }
+}
+
+fn is_namespace(value: &Value) -> bool {
+    static NAME: LazyLock<Option<&str>> = LazyLock::new(|| {
+        let one = minijinja::functions::namespace(None).ok()?;
+        one.as_object().map(|object| object.type_name())
+    });
+    value.as_object().is_some_and(|object| Some(object.type_name()) == *NAME)
+}
+
+fn problem(problem: String) -> Error {
+    Error::new(ErrorKind::InvalidOperation, problem)
+}
+
+/// The same instructions with tests between them.
+pub(super) fn guarded<'source>(plain: &Instructions<'source>) -> Instructions<'source> {
+    let all = || (0u32..).map_while(|index| plain.get(index).map(|instruction| (index, instruction)));
+    // Where each instruction, with what precedes it, lands.
+    let (mut starts, mut end) = (Vec::new(), 0u32);
+    for (index, instruction) in all() {
+        starts.push(end);
+        let (before, after) = around(instruction, plain.get(index + 1));
+        end += (before.len() + 1 + after.len()) as u32;
+    }
+    starts.push(end);
+    let mut guarded = Instructions::new(plain.name(), plain.source());
+    for (index, instruction) in all() {
+        let (before, after) = around(instruction, plain.get(index + 1));
+        let mut moved = instruction.clone();
+        if let Some(target) = target(&mut moved) {
+            *target = starts.get(*target as usize).copied().unwrap_or(end);
+        }
+        for instruction in before.into_iter().chain([moved]).chain(after) {
+            match (plain.get_span(index), plain.get_line(index)) {
+                (Some(span), _) => guarded.add_with_span(instruction, span),
+                (None, Some(line)) => guarded.add_with_line(instruction, line as u16),
+                (None, None) => guarded.add(instruction),
+            };
+        }
+    }
+    guarded
+}
+
+/// What is put before and after an instruction.
+fn around<'source>(
+    instruction: &Instruction<'source>,
+    next: Option<&Instruction<'source>>,
+) -> (Vec<Instruction<'source>>, Vec<Instruction<'source>>) {
+    use Instruction::*;
+    // Leaves the stack as it was.
+    let test = || vec![DupTop, PerformTest(BOUNDED, Some(1), !0), DiscardTop];
+    match instruction {
+        BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | CallFunction(..) | CallObject(_) => (vec![], test()),
+        ApplyFilter(..) | CallMethod(..) => (test(), test()),
+        // What a comparison visits is at most what either side has.
+        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) => (test(), vec![]),
+        // The target of an assignment; the value lies on the stack.
+        Lookup(name) if matches!(next, Some(SetAttr(_))) => {
+            (vec![DupTop, Lookup(name), PerformTest(ASSIGNABLE, Some(2), !0), DiscardTop], vec![])
+        }
+        _ => (vec![], vec![]),
+    }
+}
+
+/// Where an instruction jumps to.
+fn target<'a>(instruction: &'a mut Instruction) -> Option<&'a mut u32> {
+    use Instruction::*;
+    match instruction {
+        Iterate(target)
+        | Jump(target)
+        | JumpIfFalse(target)
+        | JumpIfFalseOrPop(target)
+        | JumpIfTrueOrPop(target)
+        | BuildMacro(_, target, _) => Some(target),
+        _ => None,
+    }
+}
+
+/// Refuses `[0] * 100000000`: the engine computes with constants while it parses, without fuel.
+pub(super) fn literals(statement: &Stmt) -> Result<(), Error> {
+    match statement {
+        Stmt::Template(template) => block(&template.children),
+        Stmt::EmitExpr(emit) => expression(&emit.expr),
+        Stmt::EmitRaw(_) | Stmt::Continue(_) | Stmt::Break(_) => Ok(()),
+        Stmt::ForLoop(each) => {
+            expressions([&each.iter].into_iter().chain(&each.filter_expr))?;
+            block(each.body.iter().chain(&each.else_body))
+        }
+        Stmt::IfCond(cond) => {
+            expression(&cond.expr)?;
+            block(cond.true_body.iter().chain(&cond.false_body))
+        }
+        Stmt::WithBlock(with) => {
+            expressions(with.assignments.iter().map(|(_, value)| value))?;
+            block(&with.body)
+        }
+        Stmt::Set(set) => expression(&set.expr),
+        Stmt::SetBlock(set) => {
+            expressions(&set.filter)?;
+            block(&set.body)
+        }
+        Stmt::AutoEscape(escape) => {
+            expression(&escape.enabled)?;
+            block(&escape.body)
+        }
+        Stmt::FilterBlock(filter) => {
+            expression(&filter.filter)?;
+            block(&filter.body)
+        }
+        Stmt::Macro(each) => {
+            expressions(&each.defaults)?;
+            block(&each.body)
+        }
+        Stmt::CallBlock(call) => {
+            expression(&call.call.expr)?;
+            arguments(&call.call.args)?;
+            expressions(&call.macro_decl.defaults)?;
+            block(&call.macro_decl.body)
+        }
+        Stmt::Do(call) => {
+            expression(&call.call.expr)?;
+            arguments(&call.call.args)
+        }
+    }
+}
+
+fn block<'a>(statements: impl IntoIterator<Item = &'a Stmt<'a>>) -> Result<(), Error> {
+    statements.into_iter().try_for_each(literals)
+}
+
+fn expressions<'a>(all: impl IntoIterator<Item = &'a Expr<'a>>) -> Result<(), Error> {
+    all.into_iter().try_for_each(expression)
+}
+
+fn arguments(all: &[CallArg]) -> Result<(), Error> {
+    all.iter().try_for_each(|argument| match argument {
+        CallArg::Pos(value) | CallArg::Kwarg(_, value) | CallArg::PosSplat(value) | CallArg::KwargSplat(value) => {
+            expression(value)
+        }
+    })
+}
+
+fn expression(each: &Expr) -> Result<(), Error> {
+    match each {
+        Expr::Var(_) | Expr::Const(_) => Ok(()),
+        Expr::Slice(slice) => {
+            expression(&slice.expr)?;
+            expressions(slice.start.iter().chain(&slice.stop).chain(&slice.step))
+        }
+        Expr::UnaryOp(unary) => expression(&unary.expr),
+        Expr::BinOp(binary) => {
+            expressions([&binary.left, &binary.right])?;
+            let list = |side: &Expr| side.as_const().is_some_and(|value| value.as_object().is_some());
+            if matches!(binary.op, BinOpKind::Mul) && (list(&binary.left) || list(&binary.right)) {
+                let line = binary.span().start_line;
+                return Err(problem(format!("a list of constants is multiplied, in line {line}; write the list out")));
+            }
+            Ok(())
+        }
+        Expr::Compare(compare) => {
+            expression(&compare.expr)?;
+            expressions(compare.ops.iter().map(|op| &op.expr))
+        }
+        Expr::IfExpr(cond) => expressions([&cond.test_expr, &cond.true_expr].into_iter().chain(&cond.false_expr)),
+        Expr::Filter(filter) => {
+            expressions(&filter.expr)?;
+            arguments(&filter.args)
+        }
+        Expr::Test(test) => {
+            expression(&test.expr)?;
+            arguments(&test.args)
+        }
+        Expr::GetAttr(get) => expression(&get.expr),
+        Expr::GetItem(get) => expressions([&get.expr, &get.subscript_expr]),
+        Expr::Call(call) => {
+            expression(&call.expr)?;
+            arguments(&call.args)
+        }
+        Expr::List(list) => expressions(&list.items),
+        Expr::Tuple(tuple) => expressions(&tuple.items),
+        Expr::Map(map) => expressions(map.keys.iter().chain(&map.values)),
+    }
+}
