@@ -248,6 +248,28 @@ fn tokenizers_come_back_the_same() {
     }
 }
 
+/// The other form that tokenizers of SentencePiece's kind have.
+#[test]
+fn a_metaspace_is_carried() {
+    let place = tempfile::tempdir().unwrap();
+    let (folder, path) = (place.path().join("model"), place.path().join("x.gguf"));
+    for (scheme, prefix, said) in [("always", true, true), ("first", true, true), ("never", false, false)] {
+        as_folder(&fixtures().join("gguf/tokenizer-spm.gguf"), &folder);
+        edited(&folder, "tokenizer.json", |json| {
+            json["normalizer"] = Value::Null;
+            json["pre_tokenizer"] =
+                json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false});
+        });
+        let model = open(&folder);
+        let fused = export(&model, FileType::F16, &path).unwrap();
+        assert_eq!(fused.notes.iter().any(|note| note.contains("after special tokens")), said, "{:?}", fused.notes);
+        let keys = content(&path).metadata;
+        assert!(matches!(keys["tokenizer.ggml.add_space_prefix"], Gguf::Bool(value) if value == prefix));
+        let tokens = |model: &ModelFiles| model.tokenizer.encode("Hello  world 1234 é", true).unwrap();
+        assert_eq!(tokens(&open(&path)), tokens(&model), "{scheme}");
+    }
+}
+
 fn edited(folder: &Path, file: &str, edit: impl FnOnce(&mut Value)) {
     let path = folder.join(file);
     let mut json: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();

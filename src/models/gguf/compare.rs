@@ -26,29 +26,28 @@ const TEXTS: [&str; 16] = [
 /// The tokens that are decoded together into a text.
 const TOGETHER: usize = 64;
 
-/// Compares the tokens of [`TEXTS`], of texts out of all tokens, and of each added token among words, which stays out where `added` is
-/// false. The error shows the first text that differs.
-pub fn same_tokens(one: &TextTokenizer, other: &TextTokenizer, added: bool) -> Result<(), String> {
+/// Compares the tokens of [`TEXTS`], of texts out of all tokens, and of each added token among words. With `other_prefix` spaces at the
+/// beginning of a text and added tokens stay out. The error shows the first text that differs.
+pub fn same_tokens(one: &TextTokenizer, other: &TextTokenizer, other_prefix: bool) -> Result<(), String> {
     let words = one.added_tokens();
     let plain: Vec<u32> =
         (0..one.vocab_size() as u32).filter(|id| !words.iter().any(|(added, _)| added == id)).collect();
     let joined = plain.chunks(TOGETHER).map(|ids| one.decode(ids, true));
     let joined: Vec<String> = joined.collect::<Result<_>>().map_err(|error| error.to_string())?;
-    let among = words.iter().filter(|_| added).map(|(_, text)| format!("a{text}b {text} c"));
+    let among = words.iter().filter(|_| !other_prefix).map(|(_, text)| format!("a{text}b {text} c"));
     for text in TEXTS.iter().map(|text| text.to_string()).chain(joined).chain(among) {
+        let text = if other_prefix { text.trim_start_matches(' ') } else { &text };
         for special in [false, true] {
-            let encode =
-                |tokenizer: &TextTokenizer| tokenizer.encode(&text, special).map_err(|error| error.to_string());
+            let encode = |tokenizer: &TextTokenizer| tokenizer.encode(text, special).map_err(|error| error.to_string());
             let (wanted, found) = (encode(one)?, encode(other)?);
             if wanted != found {
                 let at = wanted.iter().zip(&found).take_while(|(wanted, found)| wanted == found).count();
-                let shown = |ids: &[u32]| one.decode(&ids[at..ids.len().min(at + 8)], false).unwrap_or_default();
+                let from = |ids: &[u32]| ids[at..ids.len().min(at + 8)].to_vec();
                 return Err(format!(
-                    "the written tokenizer cuts a text otherwise: from its token {at} on it is {:?} {:?}, not {:?} {:?}",
-                    &found[at..found.len().min(at + 8)],
-                    shown(&found),
-                    &wanted[at..wanted.len().min(at + 8)],
-                    shown(&wanted)
+                    "the written tokenizer cuts {:?} otherwise: from its token {at} on into {:?}, not {:?}",
+                    text.chars().take(80).collect::<String>(),
+                    from(&found),
+                    from(&wanted)
                 ));
             }
         }

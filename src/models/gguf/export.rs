@@ -79,7 +79,7 @@ pub struct Plan<'a> {
     /// By Hugging Face's names, in the order of [`ModelConfig::weight_shapes`].
     tensors: Vec<(String, TensorInfo)>,
     divisors: Option<(TensorInfo, Vec<f32>)>,
-    compare_added: bool,
+    other_prefix: bool,
     /// What a user should know of the file.
     pub notes: Vec<String>,
 }
@@ -94,7 +94,7 @@ impl<'a> Plan<'a> {
     /// A tokenizer or a configuration that GGUF has no keys for.
     pub fn of(model: &'a ModelFiles, to: FileType) -> Result<Self> {
         let (config, mut pairs, mut notes) = (&model.config, Pairs::default(), Vec::new());
-        let mut compare_added = true;
+        let mut other_prefix = false;
         if model.is_gguf() {
             carry(model.path(), &mut pairs)?;
         } else {
@@ -102,7 +102,7 @@ impl<'a> Plan<'a> {
             notes.extend(named.map_err(|problem| Error::file(model.path(), problem))?);
             let said = vocabulary::write(model.path(), config, &model.tokenizer, &mut pairs)?;
             notes.extend(said.notes);
-            compare_added = !said.differs_after_special;
+            other_prefix = said.other_prefix;
         }
         pairs.u32("general.file_type", to.number());
         if to.is_quantized() {
@@ -116,7 +116,7 @@ impl<'a> Plan<'a> {
         });
         let tensors: Vec<(String, TensorInfo)> = tensors.collect();
         notes.extend(other_kinds(to, &tensors));
-        Ok(Self { model, pairs, tensors, divisors: metadata::rope_divisors(config), compare_added, notes })
+        Ok(Self { model, pairs, tensors, divisors: metadata::rope_divisors(config), other_prefix, notes })
     }
 
     /// Whether the tokenizer that is read from the file cuts texts as the model's own does.
@@ -124,7 +124,7 @@ impl<'a> Plan<'a> {
     /// # Errors
     /// The first text that differs.
     pub fn check_tokens(&self, written: &TextTokenizer) -> Result<(), String> {
-        same_tokens(&self.model.tokenizer, written, self.compare_added)
+        same_tokens(&self.model.tokenizer, written, self.other_prefix)
     }
 
     /// Writes the file.

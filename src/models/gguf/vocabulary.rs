@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value as Json;
+#[cfg(test)]
+use serde_json::json;
 
 use super::container::list;
 use super::tokenizer::{GPT2, Words, kind};
@@ -20,8 +22,8 @@ use crate::{Error, Result};
 #[derive(Debug, Default)]
 pub struct Said {
     pub notes: Vec<String>,
-    /// Where special tokens stand in a text, what is after them is cut otherwise.
-    pub differs_after_special: bool,
+    /// Texts that begin with a space, and what is after special tokens, are cut otherwise.
+    pub other_prefix: bool,
 }
 
 /// Writes the keys of a folder's tokenizer.
@@ -40,14 +42,17 @@ pub fn write(folder: &Path, config: &ModelConfig, tokenizer: &TextTokenizer, pai
             pairs.text("tokenizer.ggml.model", "gpt2");
             pairs.text("tokenizer.ggml.pre", pre);
         }
-        Form::SentencePiece { prefix, everywhere } => {
+        Form::SentencePiece { prefix, always } => {
             pairs.text("tokenizer.ggml.model", "llama");
             pairs.text("tokenizer.ggml.pre", "default");
             pairs.flag("tokenizer.ggml.add_space_prefix", prefix);
             pairs.f32s("tokenizer.ggml.scores", &vocabulary.scores().map_err(refused)?);
-            if prefix && !everywhere {
-                said.differs_after_special = true;
-                said.notes.push("llama.cpp puts a space before a text also after a special token".to_string());
+            if prefix && !always {
+                said.other_prefix = true;
+                said.notes.push(
+                    "llama.cpp puts a space before every text, also before one that begins with a space and after special tokens"
+                        .to_string(),
+                );
             }
         }
     }
@@ -70,8 +75,9 @@ fn refused(folder: &Path, problem: &str) -> Error {
 enum Form {
     /// Byte-level BPE with a name of `tokenizer.ggml.pre`.
     Bytes(&'static str),
-    /// SentencePiece's BPE. `prefix`: a space is put before a text; `everywhere`: also after special tokens.
-    SentencePiece { prefix: bool, everywhere: bool },
+    /// SentencePiece's BPE. `prefix`: a space is put before a text; `always`: also before one that begins with a space, and after
+    /// special tokens.
+    SentencePiece { prefix: bool, always: bool },
 }
 
 fn form(json: &Json) -> Result<Form, Vec<String>> {
@@ -168,12 +174,11 @@ fn sentence_piece(json: &Json) -> Result<Form, String> {
     }
     let pre = &json["pre_tokenizer"];
     match pre["type"].as_str() {
-        None if escaped => Ok(Form::SentencePiece { prefix, everywhere: true }),
+        None if escaped => Ok(Form::SentencePiece { prefix, always: true }),
         Some("Metaspace") if !escaped && !prefix && pre["replacement"] == SPACE && pre["split"] == false => {
             match pre["prepend_scheme"].as_str() {
-                Some("always") => Ok(Form::SentencePiece { prefix: true, everywhere: true }),
-                Some("first") => Ok(Form::SentencePiece { prefix: true, everywhere: false }),
-                Some("never") => Ok(Form::SentencePiece { prefix: false, everywhere: true }),
+                Some("always" | "first") => Ok(Form::SentencePiece { prefix: true, always: false }),
+                Some("never") => Ok(Form::SentencePiece { prefix: false, always: false }),
                 _ => Err(format!("its pre_tokenizer is {pre}")),
             }
         }
@@ -205,7 +210,6 @@ impl Vocabulary {
             take(token["content"].as_str().unwrap_or_default(), token["id"].as_u64());
             added.insert(token["id"].as_u64().unwrap_or_default() as u32, token["special"] == true);
         }
-        // As llama.cpp's converter calls the rows of an embedding that have no token.
         let mut tokens: Vec<Option<String>> = vec![None; size];
         for (text, &id) in &ids {
             if let Some(other) = tokens[id as usize].replace(text.clone()) {
@@ -225,6 +229,7 @@ impl Vocabulary {
             problems.sort_unstable();
             return Err(list(&problems));
         }
+        // As llama.cpp's converter calls the rows of an embedding that have no token.
         let tokens = tokens.into_iter().enumerate().map(|(id, text)| text.unwrap_or_else(|| format!("[PAD{id}]")));
         Ok(Self { tokens: tokens.collect(), ids, added, merges })
     }
@@ -331,5 +336,73 @@ fn around(folder: &Path, tokenizer: &TextTokenizer) -> Result<(Option<u32>, Opti
     match at.map(|at| (&with[..at], &with[at + without.len()..])) {
         Some((before @ ([] | [_]), after @ ([] | [_]))) => Ok((before.first().copied(), after.first().copied())),
         _ => Err(refused(folder, &format!("with special tokens it gives {with:?} where it gives {without:?} without"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::{LLAMA3, QWEN2, TEKKEN};
+    use super::*;
+
+    fn pre(pre_tokenizer: Json, normalizer: Json, ignore_merges: bool) -> Result<Form, Vec<String>> {
+        let model = json!({"type": "BPE", "merges": [], "vocab": {}, "ignore_merges": ignore_merges});
+        form(&json!({"pre_tokenizer": pre_tokenizer, "normalizer": normalizer, "model": model}))
+    }
+
+    /// As the models' own files have it.
+    #[test]
+    fn ways_to_cut_a_text_are_told_by_their_parts() {
+        let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+        let split = |pattern: &str| {
+            let split =
+                json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+            json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
+        };
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, bytes(true)]});
+        let nfc = json!({"type": "NFC"});
+        let null = || Json::Null;
+        assert_eq!(pre(bytes(true), null(), false), Ok(Form::Bytes("gpt-2")));
+        assert_eq!(pre(smollm, null(), false), Ok(Form::Bytes("smollm")));
+        assert_eq!(pre(split(LLAMA3), null(), true), Ok(Form::Bytes("llama-bpe")));
+        assert_eq!(pre(split(QWEN2), nfc.clone(), false), Ok(Form::Bytes("qwen2")));
+        assert_eq!(pre(split(TEKKEN), null(), true), Ok(Form::Bytes("tekken")));
+        // Each part counts.
+        assert!(pre(split(LLAMA3), null(), false).unwrap_err()[0].contains("without ignore_merges"));
+        assert!(pre(split(LLAMA3), nfc, true).unwrap_err()[0].contains("after NFC"));
+        assert!(pre(json!({"type": "Whitespace"}), null(), false).unwrap_err()[0].contains("Whitespace"));
+    }
+
+    #[test]
+    fn sentence_pieces_forms_are_told_apart() {
+        let told = |normalizer: Json, pre: Json| {
+            let model = json!({"type": "BPE", "merges": [], "vocab": {}, "byte_fallback": true});
+            form(&json!({"normalizer": normalizer, "pre_tokenizer": pre, "model": model}))
+        };
+        let prepend = json!({"type": "Prepend", "prepend": "▁"});
+        let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        let both = json!({"type": "Sequence", "normalizers": [prepend, replace.clone()]});
+        let metaspace = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});
+        let is = |prefix, always| Ok(Form::SentencePiece { prefix, always });
+        assert_eq!(told(both, Json::Null), is(true, true));
+        assert_eq!(told(replace, Json::Null), is(false, true));
+        assert_eq!(told(Json::Null, metaspace("always", false)), is(true, false));
+        assert_eq!(told(Json::Null, metaspace("first", false)), is(true, false));
+        assert_eq!(told(Json::Null, metaspace("never", false)), is(false, false));
+        assert!(told(Json::Null, metaspace("first", true)).is_err());
+        assert!(told(json!({"type": "NFKC"}), Json::Null).unwrap_err()[0].contains("NFKC"));
+    }
+
+    #[test]
+    fn tokens_without_a_merge_or_without_a_row_are_named() {
+        let json = |vocab: Json, merges: Json| json!({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []});
+        let read = |json: &Json| Vocabulary::read(json, 4);
+        let scores =
+            read(&json(json!({"a": 0, "b": 1, "ab": 2, "ba": 3}), json!([["b", "a"], "a b"]))).unwrap().scores();
+        assert_eq!(scores, Ok(vec![0.0, 0.0, -1.0, 0.0]));
+        let unmade = read(&json(json!({"a": 0, "b": 1, "ab": 2, "<0x0A>": 3}), json!([]))).unwrap().scores();
+        assert!(unmade.unwrap_err().contains("its tokens 'ab', as"));
+        let problem = read(&json(json!({"a": 0, "b": 9, "c": 0}), json!([]))).err().unwrap();
+        assert!(problem.contains("'b' is not one of the model's 4") && problem.contains("are both 0"), "{problem}");
     }
 }

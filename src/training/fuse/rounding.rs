@@ -1,6 +1,6 @@
 //! What rounding to codes does to an adapter that is merged.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::Result;
 
@@ -28,7 +28,10 @@ impl Sums {
     pub fn add(&mut self, name: &str, base: &Tensor, merged: &Tensor, kept: &Tensor, written: &Tensor) -> Result<()> {
         let delta = (merged - base)?;
         let error = ((written - kept)? - &delta)?;
-        let square = |tensor: &Tensor| -> Result<f64> { Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)) };
+        // Rows in f32, their sums in f64: a weight has more values than f32 has digits for.
+        let square = |tensor: &Tensor| -> Result<f64> {
+            Ok(tensor.sqr()?.sum(1)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)
+        };
         let (error, delta) = (square(&error)?, square(&delta)?);
         self.error += error;
         self.delta += delta;
