@@ -280,6 +280,32 @@ fn what_cannot_be_fused_is_refused() {
     assert!(!place.path("fused").exists());
 }
 
+#[test]
+fn a_gguf_file_answers_as_the_adapted_model() {
+    let place = Place::new();
+    let told = good(&place.run("fuse --model model --adapter adapters --export-gguf bf16 --output fused.gguf"));
+    assert!(told.contains("14 linears fused into fused.gguf"), "{told}");
+    let difference: f64 = told.split("logit: ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(difference > 1e-5 && difference < 0.05, "{told}");
+    // All of a small model's f32 values are f16's after rounding once more: the answer is the same.
+    good(&place.run("fuse --model model --adapter adapters --export-gguf f16 --output f16.gguf"));
+    let answer = |flags: &str| good(&place.run(&format!("generate {flags} -p row -m 12")));
+    assert_eq!(answer("--model f16.gguf"), answer("--adapter-path adapters"));
+    assert_ne!(answer("--model f16.gguf"), answer("--model model"));
+    // Without an adapter, and from GGUF to GGUF.
+    good(&place.run("fuse --model model --export-gguf f16 --output plain.gguf"));
+    assert_eq!(answer("--model plain.gguf"), answer("--model model"));
+    good(&place.run("fuse --model plain.gguf --adapter adapters --export-gguf f16 --output again.gguf"));
+    assert_eq!(answer("--model again.gguf"), answer("--adapter-path adapters"));
+
+    let again = "fuse --model f16.gguf --export-gguf f16 --output";
+    refused(&place.run(&format!("{again} plain.gguf")), 1, &["plain.gguf: is already there", "--force"]);
+    refused(&place.run(&format!("{again} f16.gguf --force")), 1, &["f16.gguf: is read"]);
+    refused(&place.run(&format!("{again} data --force")), 1, &["data: is a folder"]);
+    refused(&place.run("fuse --model model --adapter adapters --output f16.gguf --force"), 1, &["f16.gguf: is a file"]);
+    good(&place.run(&format!("{again} plain.gguf --force")));
+}
+
 /// The system kills a process that writes a file over its limit, in the middle of a shard.
 #[cfg(unix)]
 #[test]
@@ -294,4 +320,11 @@ fn a_killed_export_leaves_nothing_that_looks_whole() {
     let left = place.names(".").into_iter().find(|name| name.starts_with(".writing-")).unwrap();
     assert!(!place.names(&left).contains(&"config.json".to_string()), "{:?}", place.names(&left));
     refused(&place.run(&format!("info --model {left}")), 1, &["has no config.json"]);
+
+    let script = script.replace("--output fused", "--export-gguf f16 --output fused.gguf").replace("-f 40", "-f 20");
+    let output = Command::new("bash").args(["-c", &script]).current_dir(place.folder.path()).output().unwrap();
+    assert_eq!(output.status.code(), None, "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(place.names(".").iter().all(|name| !name.ends_with(".gguf")));
+    let left = place.names(".").into_iter().find(|name| name.starts_with(".writing-") && place.path(name).is_file());
+    refused(&place.run(&format!("info --model {}", left.unwrap())), 1, &["is cut short or broken"]);
 }

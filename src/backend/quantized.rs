@@ -9,6 +9,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::cpu::blocks;
@@ -186,7 +187,7 @@ impl QuantizedTensor {
         row_bytes(kind, k)?;
         let on_cpu = w.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
         let bytes = match kind.ggml() {
-            Some(dtype) => QTensor::quantize(&on_cpu, dtype)?.data()?.into_owned(),
+            Some(dtype) => quantize_rows(&on_cpu, dtype)?,
             None if kind == Kind::Nf4 => blocks::quantize_nf4(&view::<f32>(OP, "w", &on_cpu)?),
             None => return Err(Error::op(OP, format!("{kind:?} is read from files and not made here"))),
         };
@@ -235,6 +236,18 @@ impl QuantizedTensor {
         let dims = [bytes.dims()[0], self.dims[1]];
         Ok(Self { bytes, dims, ..*self })
     }
+}
+
+/// Candle quantizes on one thread; rows know nothing of each other.
+fn quantize_rows(w: &Tensor, dtype: GgmlDType) -> Result<Vec<u8>> {
+    const ROWS: usize = 64;
+    let n = w.dims()[0];
+    let parts = (0..n.div_ceil(ROWS)).into_par_iter().map(|part| {
+        // Candle quantizes a tensor's whole memory, whatever part of it a view has.
+        let rows = w.narrow(0, part * ROWS, ROWS.min(n - part * ROWS))?.force_contiguous()?;
+        Ok(QTensor::quantize(&rows, dtype)?.data()?.into_owned())
+    });
+    Ok(parts.collect::<Result<Vec<Vec<u8>>>>()?.concat())
 }
 
 fn row_bytes(kind: Kind, k: usize) -> Result<usize> {

@@ -422,7 +422,7 @@ impl ModelConfig {
 }
 
 /// Reads a JSON file.
-pub(super) fn read_json(path: &Path) -> Result<Value> {
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))
 }

@@ -4,8 +4,13 @@
 //! Keys and tensor names are those of llama.cpp's `convert_hf_to_gguf.py`. A key that changes what the model computes and is not
 //! understood here is refused by name.
 
+mod compare;
 mod container;
+pub mod export;
+mod metadata;
 mod tokenizer;
+mod vocabulary;
+mod writer;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -132,35 +137,60 @@ pub fn load(
     device: &Device,
 ) -> Result<HashMap<String, BaseWeight>> {
     with_container(path, |container| {
-        let found = container.tensors.iter().filter(|tensor| tensor.name != ROPE_FREQS);
-        let found = found.map(|tensor| (tensor.name.to_string(), tensor.shape.clone())).collect();
-        let names = check(path, config, found, file_name)?;
-        let views: HashMap<&str, &TensorView> = container.tensors.iter().map(|view| (view.name, view)).collect();
-        let permuted = heads_are_permuted(architecture(path, container)?);
+        let (names, views) = weights_of(path, config, container)?;
         let tensors = names.into_par_iter().map(|name| {
-            let view = views[file_name(&name).as_str()];
-            let heads = match permuted {
-                true if name.contains(".q_proj.") => Some(config.num_heads),
-                true if name.contains(".k_proj.") => Some(config.num_kv_heads),
-                _ => None,
-            };
-            let weight: BaseWeight = match holding.kinds.get(&name).copied() {
-                Some(kind) if kind.ggml() == Some(view.dtype) => as_it_is(view, kind, heads)?.to_device(device)?.into(),
-                kind => {
-                    let mut tensor = dequantize(view)?;
-                    if let Some(heads) = heads {
-                        tensor = unpermute(&tensor, heads)?;
-                    }
-                    match kind {
-                        Some(kind) => QuantizedTensor::quantize(&tensor, kind)?.to_device(device)?.into(),
-                        None => tensor.to_dtype(holding.dtype)?.to_device(device)?.into(),
-                    }
-                }
+            let weight = held(views[file_name(&name).as_str()], config, holding, &name)?;
+            let weight = match weight {
+                BaseWeight::Dense(parameter) => parameter.value.to_device(device)?.into(),
+                BaseWeight::Quantized(blocks) => blocks.to_device(device)?.into(),
             };
             Ok((name, weight))
         });
         tensors.collect()
     })
+}
+
+/// The tensors that [`load`] gives, one after the other, on the CPU.
+///
+/// # Errors
+/// As [`load`]; what `visit` returns.
+pub fn visit(
+    path: &Path,
+    config: &ModelConfig,
+    holding: &Holding,
+    visit: &mut dyn FnMut(&str, BaseWeight) -> Result<()>,
+) -> Result<()> {
+    with_container(path, |container| {
+        let (names, views) = weights_of(path, config, container)?;
+        names.iter().try_for_each(|name| visit(name, held(views[file_name(name).as_str()], config, holding, name)?))
+    })
+}
+
+/// Hugging Face's names of the weights, and the file's tensors by its own.
+type Weights<'a> = (Vec<String>, HashMap<&'a str, &'a TensorView<'a>>);
+
+fn weights_of<'a>(path: &Path, config: &ModelConfig, container: &'a Container) -> Result<Weights<'a>> {
+    let found = container.tensors.iter().filter(|tensor| tensor.name != ROPE_FREQS);
+    let found = found.map(|tensor| (tensor.name.to_string(), tensor.shape.clone())).collect();
+    let names = check(path, config, found, file_name)?;
+    Ok((names, container.tensors.iter().map(|view| (view.name, view)).collect()))
+}
+
+/// A weight as it is to be held, on the CPU, rows in this crate's order.
+fn held(view: &TensorView, config: &ModelConfig, holding: &Holding, name: &str) -> Result<BaseWeight> {
+    let heads = permuted_heads(config, name);
+    let kind = holding.kinds.get(name).copied();
+    if let Some(kind) = kind.filter(|kind| kind.ggml() == Some(view.dtype)) {
+        return Ok(as_it_is(view, kind, heads)?.into());
+    }
+    let mut tensor = dequantize(view)?;
+    if let Some(heads) = heads {
+        tensor = unpermute(&tensor, heads)?;
+    }
+    match kind {
+        Some(kind) => Ok(QuantizedTensor::quantize(&tensor, kind)?.into()),
+        None => Ok(tensor.to_dtype(holding.dtype)?.into()),
+    }
 }
 
 fn with_container<T>(path: &Path, read: impl FnOnce(&Container) -> Result<T>) -> Result<T> {
@@ -360,13 +390,18 @@ fn dequantize(view: &TensorView) -> Result<Tensor> {
     Ok(quantized.dequantize(&Device::Cpu)?)
 }
 
-/// Rows `[n, ..]` of a weight of this name in the order that a file has: those of q and k as [`unpermute`] takes them.
+/// The heads of a weight whose rows lie in another order in a file, as [`unpermute`] takes them.
+fn permuted_heads(config: &ModelConfig, name: &str) -> Option<usize> {
+    match heads_are_permuted(architecture_of(config)) {
+        true if name.contains(".q_proj.") => Some(config.num_heads),
+        true if name.contains(".k_proj.") => Some(config.num_kv_heads),
+        _ => None,
+    }
+}
+
+/// Rows `[n, ..]` of a weight of this name in the order that a file has.
 pub(crate) fn in_file_order(config: &ModelConfig, name: &str, rows: &Tensor) -> Result<Tensor> {
-    let heads = match heads_are_permuted(architecture_of(config)) {
-        true if name.contains(".q_proj.") => config.num_heads,
-        true if name.contains(".k_proj.") => config.num_kv_heads,
-        _ => return Ok(rows.clone()),
-    };
+    let Some(heads) = permuted_heads(config, name) else { return Ok(rows.clone()) };
     let split = rows.reshape((heads, 2, rows.dim(0)? / heads / 2, ()))?.transpose(1, 2)?;
     Ok(split.contiguous()?.reshape(rows.shape())?)
 }

@@ -163,6 +163,29 @@ impl ModelFiles {
         }
     }
 
+    /// The weights one after the other, on the CPU, held as [`ModelFiles::holding`] says.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::weights`]; what `visit` returns.
+    pub fn visit(&self, holding: &Holding, visit: &mut dyn FnMut(&str, BaseWeight) -> Result<()>) -> Result<()> {
+        match &self.source {
+            Source::Folder(folder) => weights::visit(folder, &self.config, holding, &Device::Cpu, visit),
+            Source::Gguf(file) => gguf::visit(file, &self.config, holding, visit),
+        }
+    }
+
+    /// The file or folder that it was read from.
+    pub fn path(&self) -> &Path {
+        match &self.source {
+            Source::Folder(path) | Source::Gguf(path) => path,
+        }
+    }
+
+    /// Whether it was read from a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.source, Source::Gguf(_))
+    }
+
     /// What the file's first weight is held in; bf16 for a GGUF file, whose weights are quantized.
     pub fn own_dtype(&self) -> Result<DType> {
         match &self.source {

@@ -30,6 +30,10 @@ pub struct SpecialTokens {
     pub eos: Option<String>,
     /// The chat template's source.
     pub chat_template: Option<String>,
+    /// The text of the token for what is not in the vocabulary.
+    pub unknown: Option<String>,
+    /// The text of the token that fills up rows.
+    pub padding: Option<String>,
 }
 
 impl TextTokenizer {
@@ -43,18 +47,7 @@ impl TextTokenizer {
         // tokenizers 0.23 panics on JSON that is broken within its decoder.
         serde_json::from_slice::<Value>(&bytes).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
         let inner = Tokenizer::from_bytes(bytes).map_err(|error| Error::file(&path, error.to_string()))?;
-        let mut special = SpecialTokens::default();
-        let config = folder.join("tokenizer_config.json");
-        if config.exists() {
-            let json = read_json(&config)?;
-            special.bos = token_text(&json, "bos_token").unwrap_or_default();
-            special.eos = token_text(&json, "eos_token");
-            special.chat_template = chat_template(&json);
-        }
-        let jinja = folder.join("chat_template.jinja");
-        if jinja.exists() {
-            special.chat_template = Some(std::fs::read_to_string(&jinja).map_err(Error::io(&jinja))?);
-        }
+        let special = special_tokens(folder)?;
         Self::new(inner, special, stop)
     }
 
@@ -118,6 +111,19 @@ impl TextTokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The tokens that are found in a text as they stand, before it is cut into words.
+    pub fn added_tokens(&self) -> Vec<(u32, String)> {
+        let added = self.inner.get_added_tokens_decoder().into_iter();
+        let mut added: Vec<(u32, String)> = added.map(|(id, token)| (id, token.content)).collect();
+        added.sort_unstable();
+        added
+    }
+
+    /// The tokenizer as a `tokenizer.json` holds it.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(text_error)
+    }
+
     /// Whether the model came with a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
@@ -152,6 +158,25 @@ impl DecodeStream<'_> {
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.inner.step(id).map_err(text_error)
     }
+}
+
+/// What is there of `tokenizer_config.json` and `chat_template.jinja`.
+pub(super) fn special_tokens(folder: &Path) -> Result<SpecialTokens> {
+    let mut special = SpecialTokens::default();
+    let config = folder.join("tokenizer_config.json");
+    if config.exists() {
+        let json = read_json(&config)?;
+        special.bos = token_text(&json, "bos_token").unwrap_or_default();
+        special.eos = token_text(&json, "eos_token");
+        special.unknown = token_text(&json, "unk_token");
+        special.padding = token_text(&json, "pad_token");
+        special.chat_template = chat_template(&json);
+    }
+    let jinja = folder.join("chat_template.jinja");
+    if jinja.exists() {
+        special.chat_template = Some(std::fs::read_to_string(&jinja).map_err(Error::io(&jinja))?);
+    }
+    Ok(special)
 }
 
 fn text_error(error: tokenizers::Error) -> Error {

@@ -58,24 +58,82 @@ pub fn load(
     holding: &Holding,
     device: &Device,
 ) -> Result<HashMap<String, BaseWeight>> {
-    let mapped = map(&files(folder)?)?;
-    let mut found = shapes_of(&mapped);
-    let shapes = wanted_shapes(folder, config, found.len())?;
-    let packed = packed::find(folder, &mapped, &shapes, &mut found)?;
-    let tensors = check(folder, config, found, str::to_string)?.into_iter().map(|name| {
-        if let Some(&kind) = packed.get(&name) {
-            let weight = packed::read(folder, &mapped, &name, kind, &shapes[&name])?;
-            return Ok((name.clone(), held(weight, holding.kinds.get(&name).copied(), holding.dtype, device)?));
+    let mut all = HashMap::new();
+    visit(folder, config, holding, device, &mut |name, weight| {
+        all.insert(name.to_string(), weight);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// The tensors that [`load`] gives, one after the other.
+///
+/// # Errors
+/// As [`load`]; what `visit` returns.
+pub fn visit(
+    folder: &Path,
+    config: &ModelConfig,
+    holding: &Holding,
+    device: &Device,
+    visit: &mut dyn FnMut(&str, BaseWeight) -> Result<()>,
+) -> Result<()> {
+    let reader = Reader::open(folder, config)?;
+    reader.names.iter().try_for_each(|name| visit(name, reader.read(name, holding, device)?))
+}
+
+/// The weights of a folder's files, by name.
+pub struct Reader {
+    folder: PathBuf,
+    mapped: MmapedSafetensors,
+    shapes: HashMap<String, Vec<usize>>,
+    packed: HashMap<String, Kind>,
+    /// In the order of [`ModelConfig::weight_shapes`].
+    pub names: Vec<String>,
+}
+
+impl Reader {
+    /// Maps the files.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn open(folder: &Path, config: &ModelConfig) -> Result<Self> {
+        let mapped = map(&files(folder)?)?;
+        let mut found = shapes_of(&mapped);
+        let shapes = wanted_shapes(folder, config, found.len())?;
+        let packed = packed::find(folder, &mapped, &shapes, &mut found)?;
+        let names = check(folder, config, found, str::to_string)?;
+        Ok(Self { folder: folder.to_path_buf(), mapped, shapes, packed, names })
+    }
+
+    /// A weight on a device, held as `holding` says.
+    pub fn read(&self, name: &str, holding: &Holding, device: &Device) -> Result<BaseWeight> {
+        let kind = holding.kinds.get(name).copied();
+        if let Some(&own) = self.packed.get(name) {
+            let blocks = packed::read(&self.folder, &self.mapped, name, own, &self.shapes[name])?;
+            return held(blocks, kind, holding.dtype, device);
         }
-        if let Some(&kind) = holding.kinds.get(&name) {
-            let quantized = QuantizedTensor::quantize(&mapped.load(&name, &Device::Cpu)?, kind)?;
-            return Ok((name, quantized.to_device(device)?.into()));
+        match kind {
+            Some(kind) => {
+                let tensor = self.mapped.load(name, &Device::Cpu)?;
+                Ok(QuantizedTensor::quantize(&tensor, kind)?.to_device(device)?.into())
+            }
+            // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
+            None => Ok(self.mapped.load(name, device)?.to_dtype(holding.dtype)?.into()),
         }
-        // A tensor of the same dtype is already a copy in memory: `load` never hands out the map.
-        let tensor = mapped.load(&name, device)?.to_dtype(holding.dtype)?;
-        Ok((name, tensor.into()))
-    });
-    tensors.collect()
+    }
+
+    /// The shape of a weight.
+    pub fn shape(&self, name: &str) -> &[usize] {
+        &self.shapes[name]
+    }
+
+    /// What a weight is stored in, if it is not quantized.
+    pub fn dtype(&self, name: &str) -> Result<Option<DType>> {
+        if self.packed.contains_key(name) {
+            return Ok(None);
+        }
+        Ok(Some(self.mapped.get(name)?.dtype().try_into()?))
+    }
 }
 
 /// A quantized weight of a file as it is to be held: as it is, quantized otherwise, or dense.

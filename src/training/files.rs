@@ -7,13 +7,20 @@ use crate::{Error, Result};
 
 /// Writes a file through `write` beside its place, then renames it there. A crash leaves the old file or the new one.
 pub fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    write_beside(path, |file, _| write(file))
+}
+
+/// [`write_atomically`] for a `write` that also reads: it is told where the file lies meanwhile.
+pub fn write_beside<T>(path: &Path, write: impl FnOnce(&mut File, &Path) -> Result<T>) -> Result<T> {
     let folder = parent(path);
     let mut file = tempfile::Builder::new().prefix(".writing-").tempfile_in(folder).map_err(Error::io(path))?;
-    write(file.as_file_mut())?;
+    let at = file.path().to_path_buf();
+    let written = write(file.as_file_mut(), &at)?;
     file.as_file().sync_all().map_err(Error::io(path))?;
     file.persist(path).map_err(|error| Error::io(path)(error.error))?;
     allow_reading(path)?;
-    sync_folder(folder)
+    sync_folder(folder)?;
+    Ok(written)
 }
 
 /// Fills a folder through `write` beside its place, then renames it there; one that was there is replaced. A crash leaves no
@@ -36,10 +43,28 @@ pub fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
     sync_folder(above)
 }
 
+/// Refuses to write a file that is there, unless it may be replaced and is none of what is read.
+pub fn check_output_file(output: &Path, replace: bool, sources: &[&Path]) -> Result<()> {
+    let Ok(real) = output.canonicalize() else { return Ok(()) };
+    if real.is_dir() {
+        return Err(Error::file(output, "is a folder; name a file to write"));
+    }
+    if sources.iter().any(|source| source.canonicalize().is_ok_and(|source| source == real)) {
+        return Err(Error::file(output, "is read; choose another --output"));
+    }
+    if !replace {
+        return Err(Error::file(output, "is already there; choose another --output, or replace it with --force"));
+    }
+    Ok(())
+}
+
 /// Refuses to write a folder that is there, unless it may be replaced and is an adapter's or a model's, and one that holds
 /// what is read.
 pub fn check_output(output: &Path, replace: bool, sources: &[&Path]) -> Result<()> {
     let Ok(real) = output.canonicalize() else { return Ok(()) };
+    if real.is_file() {
+        return Err(Error::file(output, "is a file; name a folder to write"));
+    }
     let inside = |source: &&&Path| source.canonicalize().is_ok_and(|source| source.starts_with(&real));
     if let Some(source) = sources.iter().find(inside) {
         let problem = format!("holds {}, which is read; choose another --output", source.display());

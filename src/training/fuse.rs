@@ -1,38 +1,51 @@
 //! Fusing: adapters are merged into the weights that they are on ([`Module::merge`]), tensors that were trained whole take their
-//! place, and the model is written as a new folder.
+//! place, and the model is written out: as a folder like its own ([`fuse`]), as one without quantization ([`dequantize`]), or as a GGUF
+//! file ([`export_gguf`]).
 //!
-//! The sum is in f32 and rounded once, to the weight's own dtype. Files are written tensor by tensor: one weight is in memory at
-//! a time.
+//! Sums are in f32 and rounded once. Files are written tensor by tensor, one weight in memory at a time, beside their place; before
+//! they get their name, the model in them is loaded and held against the one that was to be written.
 
-use std::borrow::Cow;
+mod dense;
+mod gguf;
+mod rounding;
+mod shards;
+
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors, View};
 
 use super::adapter::{AdapterFile, Module};
-use super::files::{allow_reading, replace_folder};
+use super::files::replace_folder;
+use crate::backend::quantized::Quantize;
 use crate::models::decoder::{Batch, Decoder};
+use crate::models::linear::BaseWeight;
 use crate::models::{Holding, ModelFiles, weights};
 use crate::{Error, Result};
+pub use dense::dequantize;
+pub use gguf::export_gguf;
+pub use rounding::Rounding;
 
 /// What was written.
 #[derive(Debug)]
 pub struct Fused {
     /// Files and folders of the model that were not carried over: weights in other formats, folders, hidden files.
     pub left_out: Vec<String>,
-    /// The largest difference between the logits of the fused model and those of the model with the adapter on it, in f32 on
+    /// The largest difference between the logits of the written model and those of the model with the adapter on it, in f32 on
     /// a fixed sequence of tokens, relative to the largest logit.
     pub difference: f64,
+    /// What rounding to codes did to the adapter, where the written weights are quantized.
+    pub rounding: Option<Rounding>,
+    /// What a user should know of the output.
+    pub notes: Vec<String>,
 }
 
-/// Over this, the fused model is not written: rounding weights to bf16 or f16 gives a hundredth of it and less.
+/// Over this, a model of floats is not written: rounding weights to bf16 or f16 gives a hundredth of it and less.
 const MOST: f64 = 0.2;
+
+/// Over this, a quantized model is not written: it has nothing of the other left.
+const MOST_QUANTIZED: f64 = 1.0;
 
 /// Tokens of the sequence that both models run.
 const TOKENS: u32 = 32;
@@ -43,41 +56,53 @@ const CONFIG: &str = "config.json";
 /// beside and renamed when the model in it has been tried; one that was there is replaced.
 ///
 /// # Errors
-/// A model that is not a folder; an adapter that does not fit it or that the decoder does not run; weights in a dtype that cannot be added
-/// to; a fused model that does not answer as the adapted one.
+/// A model that is quantized or not a folder; an adapter that does not fit it or that the decoder does not run; weights in a dtype
+/// that cannot be added to; a fused model that does not answer as the adapted one.
 pub fn fuse(model: &ModelFiles, adapter: &AdapterFile, output: &Path) -> Result<Fused> {
+    check_base(model)?;
     let source = model.folder()?;
-    adapter.check_fits(&model.config)?;
-    check_parts(model, adapter)?;
+    check_adapter(model, adapter)?;
     let shards = weights::files(source)?;
-    check_dtypes(&shards, adapter)?;
-    let mut adapted = decoder(model, source, &adapter.saved)?;
-    let mut deltas = adapter.clone();
-    // Their tensors are in the decoder already.
-    deltas.saved.clear();
-    deltas.attach(&mut adapted, &Device::Cpu)?;
-    let wanted = logits(&adapted)?;
-    drop(adapted);
-    let mut fused = None;
-    replace_folder(output, |folder| {
+    shards::check_dtypes(&shards, adapter)?;
+    let wanted = wanted_logits(model, Some(adapter))?;
+    write_folder(output, |folder| {
         let left_out = copy_files(source, &shards, folder)?;
         for shard in &shards {
-            write_shard(shard, adapter, &beside(folder, shard))?;
+            shards::write(shard, adapter, &beside(folder, shard))?;
         }
-        let difference = difference(&wanted, &logits(&decoder(model, folder, &BTreeMap::new())?)?);
-        if !difference.is_finite() || difference > MOST {
-            let problem = format!(
-                "the fused model's logits differ by {difference:.3e} from the adapted one's; nothing is written"
-            );
-            return Err(Error::file(output, problem));
-        }
+        let difference = difference(&wanted, &folder_logits(model, folder)?, MOST, output)?;
         // Last, so that a folder that was left half written is no model.
         copy(&source.join(CONFIG), &folder.join(CONFIG))?;
-        fused = Some(Fused { left_out, difference });
+        Ok(Fused { left_out, difference, rounding: None, notes: Vec::new() })
+    })
+}
+
+/// Refuses a base that [`fuse`] does not take, with the ways that there are.
+pub fn check_base(model: &ModelFiles) -> Result<()> {
+    let kinds = model.holding(Quantize::Auto, DType::F32, &Device::Cpu)?.kinds;
+    if !model.is_gguf() && kinds.is_empty() {
+        return Ok(());
+    }
+    let (what, folder) = match model.is_gguf() {
+        true => ("is a GGUF file, which has no form as a folder of safetensors", String::new()),
+        false => ("has quantized weights", "--dequantize for a folder in floats, ".to_string()),
+    };
+    let problem = format!(
+        "{what}; choose {folder}--export-gguf f16 or bf16 for a GGUF file in floats, --export-gguf q8_0 or q4_k for one that is rounded \
+         again, or keep the adapter apart: --adapter-path with generate and chat, `convert --to gguf` for llama.cpp"
+    );
+    Err(Error::file(model.path(), problem))
+}
+
+/// As [`replace_folder`], with what `write` returns.
+fn write_folder<T>(output: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let mut written = None;
+    replace_folder(output, |folder| {
+        written = Some(write(folder)?);
         Ok(())
     })?;
-    let Some(fused) = fused else { unreachable!("the folder was filled") };
-    Ok(fused)
+    let Some(written) = written else { unreachable!("the folder was filled") };
+    Ok(written)
 }
 
 fn beside(folder: &Path, file: &Path) -> PathBuf {
@@ -89,8 +114,9 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses whole tensors that have no place of their own in the model.
-fn check_parts(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
+/// Refuses an adapter that does not fit, and whole tensors that have no place of their own in the model.
+fn check_adapter(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
+    adapter.check_fits(&model.config)?;
     let mut problems = Vec::new();
     let shapes: BTreeMap<String, Vec<usize>> = model.config.weight_shapes().into_iter().collect();
     for (name, tensor) in &adapter.saved {
@@ -112,13 +138,25 @@ fn check_parts(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
     Err(Error::setting("adapter", format!("cannot be fused: it has {}", problems.join("; "))))
 }
 
-/// The model in f32 with the weights of a folder, some of them replaced.
-fn decoder(model: &ModelFiles, folder: &Path, replaced: &BTreeMap<String, Tensor>) -> Result<Decoder> {
-    let mut weights = weights::load(folder, &model.config, &Holding::dense(DType::F32), &Device::Cpu)?;
-    for (name, tensor) in replaced {
-        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?.into());
+/// The logits of the model with the adapter on it.
+fn wanted_logits(model: &ModelFiles, adapter: Option<&AdapterFile>) -> Result<Vec<f32>> {
+    let mut weights = model.weights(DType::F32, &Device::Cpu)?;
+    let Some(adapter) = adapter else { return logits(&Decoder::new(&model.config, weights, &Device::Cpu)?) };
+    for (name, tensor) in &adapter.saved {
+        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?);
     }
-    Decoder::new(&model.config, weights, &Device::Cpu)
+    let mut decoder = Decoder::new(&model.config, weights, &Device::Cpu)?;
+    let mut deltas = adapter.clone();
+    // The whole tensors are in the decoder already.
+    deltas.saved.clear();
+    deltas.attach(&mut decoder, &Device::Cpu)?;
+    logits(&decoder)
+}
+
+/// The logits of the weights in a folder.
+fn folder_logits(model: &ModelFiles, folder: &Path) -> Result<Vec<f32>> {
+    let weights = weights::load(folder, &model.config, &Holding::dense(DType::F32), &Device::Cpu)?;
+    logits(&Decoder::new(&model.config, weights, &Device::Cpu)?)
 }
 
 fn logits(decoder: &Decoder) -> Result<Vec<f32>> {
@@ -129,8 +167,19 @@ fn logits(decoder: &Decoder) -> Result<Vec<f32>> {
     Ok(decoder.logits(&batch)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
 }
 
-/// The largest difference, relative to the largest of `wanted`. NaN anywhere gives infinity.
-fn difference(wanted: &[f32], found: &[f32]) -> f64 {
+/// The largest difference, relative to the largest of `wanted`; `output` is not written where it is over `most`.
+fn difference(wanted: &[f32], found: &[f32], most: f64, output: &Path) -> Result<f64> {
+    let difference = relative(wanted, found);
+    if difference <= most {
+        return Ok(difference);
+    }
+    let problem =
+        format!("the written model's logits differ by {difference:.3e} from the adapted one's; nothing is written");
+    Err(Error::file(output, problem))
+}
+
+/// The largest difference, relative to the largest. NaN anywhere gives infinity.
+fn relative(wanted: &[f32], found: &[f32]) -> f64 {
     let far = |x: f32, y: f32| if (x - y).is_nan() { f32::INFINITY } else { (x - y).abs() };
     let largest = wanted.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
     let far = wanted.iter().zip(found).fold(0.0, |most: f32, (x, y)| most.max(far(*x, *y)));
@@ -158,22 +207,6 @@ fn copy_files(source: &Path, shards: &[PathBuf], folder: &Path) -> Result<Vec<St
     Ok(left_out)
 }
 
-fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    // SAFETY: the map is read-only and lives for one call; as with every reader of mapped weights, another program must not
-    // shrink the file meanwhile.
-    unsafe { Mmap::map(&file) }.map_err(Error::io(path))
-}
-
-fn header(path: &Path, map: &[u8]) -> Result<Option<std::collections::HashMap<String, String>>> {
-    let read = SafeTensors::read_metadata(map);
-    Ok(read.map_err(|error| Error::file(path, format!("cannot be read: {error}")))?.1.metadata().clone())
-}
-
-fn tensors<'a>(path: &Path, map: &'a [u8]) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(map).map_err(|error| Error::file(path, format!("cannot be read: {error}")))
-}
-
 /// What happens to a tensor.
 #[derive(Clone, Copy)]
 enum Change<'a> {
@@ -186,88 +219,17 @@ fn change<'a>(adapter: &'a AdapterFile, name: &str) -> Option<Change<'a>> {
     adapter.saved.get(name).map(Change::Replace).or_else(|| module().map(Change::Add))
 }
 
-/// Refuses weights that are to change and are no floats that a sum can be rounded to.
-fn check_dtypes(shards: &[PathBuf], adapter: &AdapterFile) -> Result<()> {
-    let mut wrong = Vec::new();
-    for shard in shards {
-        let map = map(shard)?;
-        for (name, view) in tensors(shard, &map)?.iter() {
-            if change(adapter, name).is_some() && !matches!(view.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16) {
-                wrong.push(format!("{name} is {:?}", view.dtype()));
-            }
-        }
-    }
-    if wrong.is_empty() {
-        return Ok(());
-    }
-    let problem = format!("an adapter is added to weights in F32, BF16 or F16 only: {}", wrong.join(", "));
-    Err(Error::setting("--model", problem))
+/// A weight with the adapter in it, f32, from one that is f32.
+fn merged(name: &str, module: &Module, weight: &Tensor) -> Result<Tensor> {
+    module.merge(weight).map_err(|error| Error::setting(name, error.to_string()))
 }
 
-fn write_shard(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
-    let map = map(shard)?;
-    let tensors = tensors(shard, &map)?;
-    if !tensors.names().into_iter().any(|name| change(adapter, name).is_some()) {
-        return copy(shard, to);
+/// The values of a weight, f32.
+fn values(weight: &BaseWeight) -> Result<Tensor> {
+    match weight {
+        BaseWeight::Dense(parameter) => Ok(parameter.value.to_dtype(DType::F32)?),
+        BaseWeight::Quantized(blocks) => crate::backend::custom_ops::dequantize(blocks, DType::F32),
     }
-    let failed = Mutex::new(None);
-    let all = tensors.iter().map(|(name, view)| {
-        let change = change(adapter, name);
-        (name, Weight { name, view, change, failed: &failed })
-    });
-    safetensors::serialize_to_file(all, header(shard, &map)?, to)
-        .map_err(|error| Error::file(to, format!("cannot be written: {error}")))?;
-    allow_reading(to)?;
-    match failed.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-        None => Ok(()),
-        Some(error) => Err(error),
-    }
-}
-
-/// A tensor of the model that is made as it is written.
-struct Weight<'a> {
-    name: &'a str,
-    view: TensorView<'a>,
-    change: Option<Change<'a>>,
-    /// [`View::data`] has no way to fail; what it writes then is thrown away.
-    failed: &'a Mutex<Option<Error>>,
-}
-
-impl View for Weight<'_> {
-    fn dtype(&self) -> Dtype {
-        self.view.dtype()
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.view.shape()
-    }
-
-    fn data_len(&self) -> usize {
-        self.view.data().len()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let Some(change) = self.change else { return Cow::Borrowed(self.view.data()) };
-        match changed(self.name, &self.view, change) {
-            Ok(tensor) => Cow::Owned(tensor.data().into_owned()),
-            Err(error) => {
-                self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(error);
-                Cow::Borrowed(self.view.data())
-            }
-        }
-    }
-}
-
-/// The merged weight, or what takes its place, in the weight's dtype.
-fn changed(name: &str, view: &TensorView, change: Change) -> Result<Tensor> {
-    let dtype = DType::try_from(view.dtype())?;
-    let module = match change {
-        Change::Replace(tensor) => return Ok(tensor.to_dtype(dtype)?.contiguous()?),
-        Change::Add(module) => module,
-    };
-    let weight = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?;
-    let merged = module.merge(&weight).map_err(|error| Error::setting(name, error.to_string()))?;
-    Ok(merged.to_dtype(dtype)?)
 }
 
 #[cfg(test)]
@@ -276,8 +238,8 @@ mod tests {
 
     #[test]
     fn a_difference_is_relative_and_sees_no_number() {
-        assert_eq!(difference(&[1.0, -4.0], &[1.0, -3.0]), 0.25);
-        assert_eq!(difference(&[1.0, 2.0], &[1.0, f32::NAN]), f64::INFINITY);
-        assert_eq!(difference(&[f32::NAN, 2.0], &[1.0, 2.0]), f64::INFINITY);
+        assert_eq!(relative(&[1.0, -4.0], &[1.0, -3.0]), 0.25);
+        assert_eq!(relative(&[1.0, 2.0], &[1.0, f32::NAN]), f64::INFINITY);
+        assert_eq!(relative(&[f32::NAN, 2.0], &[1.0, 2.0]), f64::INFINITY);
     }
 }

@@ -14,6 +14,8 @@ pub type Result<T> = std::result::Result<T, String>;
 #[derive(Debug)]
 pub struct Container<'a> {
     pairs: Vec<(&'a str, Value<'a>)>,
+    /// Each pair's value with its kind before it, as it stands in the file.
+    raw: Vec<&'a [u8]>,
     /// In the file's order.
     pub tensors: Vec<TensorView<'a>>,
 }
@@ -52,10 +54,20 @@ pub struct Numbers<'a> {
 
 /// The bytes of a value's kind; strings and arrays have no fixed size.
 const SCALAR_SIZES: [usize; 13] = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8];
-const STRING: u32 = 8;
-const ARRAY: u32 = 9;
 
-const DEFAULT_ALIGNMENT: u64 = 32;
+/// The numbers of kinds of values.
+pub mod kind {
+    pub const U32: u32 = 4;
+    pub const I32: u32 = 5;
+    pub const F32: u32 = 6;
+    pub const BOOL: u32 = 7;
+    pub const STRING: u32 = 8;
+    pub const ARRAY: u32 = 9;
+}
+use kind::{ARRAY, STRING};
+
+/// Where `general.alignment` does not say otherwise.
+pub const DEFAULT_ALIGNMENT: u64 = 32;
 
 impl<'a> Value<'a> {
     /// A whole number of either sign's kind, if it is not negative.
@@ -148,17 +160,19 @@ impl<'a> Container<'a> {
             version => return Err(format!("is of GGUF version {version}; 2 and 3 are read")),
         }
         let (tensor_count, pair_count) = (cursor.u64()?, cursor.u64()?);
-        let mut pairs = Vec::new();
+        let (mut pairs, mut raw) = (Vec::new(), Vec::new());
         let mut seen = HashSet::new();
         for _ in 0..pair_count {
             let key = cursor.text()?;
             if !seen.insert(key) {
                 return Err(format!("has the key {key} twice"));
             }
+            let start = cursor.at;
             let kind = cursor.u32()?;
             pairs.push((key, cursor.value(kind).map_err(|problem| format!("{problem} (in {key})"))?));
+            raw.push(&file[start..cursor.at]);
         }
-        let mut container = Self { pairs, tensors: Vec::new() };
+        let mut container = Self { pairs, raw, tensors: Vec::new() };
         container.read_tensors(cursor, tensor_count)?;
         Ok(container)
     }
@@ -171,6 +185,11 @@ impl<'a> Container<'a> {
     /// All keys with their values.
     pub fn pairs(&self) -> impl Iterator<Item = (&'a str, &Value<'a>)> {
         self.pairs.iter().map(|(name, value)| (*name, value))
+    }
+
+    /// All keys with their values as bytes, each with its kind before it.
+    pub fn raw_pairs(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+        self.pairs.iter().zip(&self.raw).map(|((name, _), bytes)| (*name, *bytes))
     }
 
     /// The tensor of a name.
@@ -249,8 +268,25 @@ pub fn list(items: &[String]) -> String {
     if items.len() > SHOWN { format!("{shown}; and {} more", items.len() - SHOWN) } else { shown }
 }
 
-/// ggml's number of a tensor's kind.
-fn dtype(kind: u32) -> std::result::Result<GgmlDType, String> {
+/// ggml's numbers of the kinds of tensors that are read.
+const KINDS: [(u32, GgmlDType); 13] = [
+    (0, GgmlDType::F32),
+    (1, GgmlDType::F16),
+    (2, GgmlDType::Q4_0),
+    (3, GgmlDType::Q4_1),
+    (6, GgmlDType::Q5_0),
+    (7, GgmlDType::Q5_1),
+    (8, GgmlDType::Q8_0),
+    (10, GgmlDType::Q2K),
+    (11, GgmlDType::Q3K),
+    (12, GgmlDType::Q4K),
+    (13, GgmlDType::Q5K),
+    (14, GgmlDType::Q6K),
+    (30, GgmlDType::BF16),
+];
+
+/// The kind of a tensor from ggml's number; the error is its name.
+fn dtype(number: u32) -> std::result::Result<GgmlDType, String> {
     const OTHERS: [(u32, &str); 14] = [
         (16, "IQ2_XXS"),
         (17, "IQ2_XS"),
@@ -267,25 +303,16 @@ fn dtype(kind: u32) -> std::result::Result<GgmlDType, String> {
         (39, "MXFP4"),
         (40, "NVFP4"),
     ];
-    Ok(match kind {
-        0 => GgmlDType::F32,
-        1 => GgmlDType::F16,
-        2 => GgmlDType::Q4_0,
-        3 => GgmlDType::Q4_1,
-        6 => GgmlDType::Q5_0,
-        7 => GgmlDType::Q5_1,
-        8 => GgmlDType::Q8_0,
-        10 => GgmlDType::Q2K,
-        11 => GgmlDType::Q3K,
-        12 => GgmlDType::Q4K,
-        13 => GgmlDType::Q5K,
-        14 => GgmlDType::Q6K,
-        30 => GgmlDType::BF16,
-        other => {
-            let name = OTHERS.iter().find(|(number, _)| *number == other);
-            return Err(name.map_or_else(|| format!("type {other}"), |(_, name)| name.to_string()));
-        }
+    let known = KINDS.iter().find(|(kind, _)| *kind == number);
+    known.map(|(_, dtype)| *dtype).ok_or_else(|| {
+        let name = OTHERS.iter().find(|(kind, _)| *kind == number);
+        name.map_or_else(|| format!("type {number}"), |(_, name)| name.to_string())
     })
+}
+
+/// ggml's number of a kind, if it is read here.
+pub fn number(dtype: GgmlDType) -> Option<u32> {
+    KINDS.iter().find(|(_, kind)| *kind == dtype).map(|(number, _)| *number)
 }
 
 struct Cursor<'a> {

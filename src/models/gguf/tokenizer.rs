@@ -42,23 +42,24 @@ const KNOWN: [&str; 15] = [
 ];
 
 /// How llama.cpp numbers the kinds of tokens.
-mod kind {
+pub mod kind {
     pub const NORMAL: u64 = 1;
     pub const UNKNOWN: u64 = 2;
     pub const CONTROL: u64 = 3;
     pub const USER_DEFINED: u64 = 4;
     pub const UNUSED: u64 = 5;
+    pub const BYTE: u64 = 6;
 }
 
 /// GPT-2's words.
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
+pub const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How a byte-level tokenizer prepares a text.
-struct Words {
+pub struct Words {
     /// Patterns that cut the text in turn, each into matches and what lies between.
     patterns: &'static [&'static str],
     /// Whether the text is composed (NFC) first.
@@ -70,6 +71,16 @@ struct Words {
 }
 
 impl Words {
+    /// One name of each way, of those that models have.
+    pub const NAMES: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"];
+
+    /// The name of a way, if it has one.
+    pub fn name(patterns: &[&str], compose: bool, whole_words: bool) -> Option<&'static str> {
+        let is =
+            |words: Self| words.patterns == patterns && (words.compose, words.whole_words) == (compose, whole_words);
+        Self::NAMES.into_iter().find(|name| Self::of(name).is_some_and(is))
+    }
+
     fn of(pre: &str) -> Option<Self> {
         let words = |patterns| Self { patterns, compose: false, whole_words: false, add_bos: false };
         Some(match pre {
@@ -143,7 +154,12 @@ pub fn read(container: &Container) -> Result<(Tokenizer, Special)> {
         Some(Value::Text(source)) => Some(source.to_string()),
         _ => None,
     };
-    let texts = SpecialTokens { bos: bos.map(text).unwrap_or_default(), eos: eos.map(text), chat_template };
+    let texts = SpecialTokens {
+        bos: bos.map(text).unwrap_or_default(),
+        eos: eos.map(text),
+        chat_template,
+        ..SpecialTokens::default()
+    };
     Ok((tokenizer, Special { stop, bos, texts }))
 }
 

@@ -1,0 +1,408 @@
+//! A `tokenizer.json` said in a GGUF file's keys: the mirror of [`super::tokenizer`].
+//!
+//! Two kinds have such a form: byte-level BPE whose way to cut a text is one that llama.cpp names, and SentencePiece's BPE. Special
+//! tokens around a text are found by encoding one, not by reading the post-processor.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde_json::Value as Json;
+#[cfg(test)]
+use serde_json::json;
+
+use super::container::list;
+use super::tokenizer::{GPT2, Words, kind};
+use super::writer::Pairs;
+use crate::models::config::read_json;
+use crate::models::tokenizer::{SpecialTokens, special_tokens};
+use crate::models::{ModelConfig, TextTokenizer};
+use crate::{Error, Result};
+
+/// What a reader should know of the keys.
+#[derive(Debug, Default)]
+pub struct Said {
+    pub notes: Vec<String>,
+    /// Texts that begin with a space, and what is after special tokens, are cut otherwise.
+    pub other_prefix: bool,
+}
+
+/// Writes the keys of a folder's tokenizer.
+///
+/// # Errors
+/// One error lists what the keys cannot say.
+pub fn write(folder: &Path, config: &ModelConfig, tokenizer: &TextTokenizer, pairs: &mut Pairs) -> Result<Said> {
+    let json = read_json(&folder.join("tokenizer.json"))?;
+    let refused = |problem: String| refused(folder, &problem);
+    let form = form(&json).map_err(|problems| refused(list(&problems)))?;
+    let vocabulary = Vocabulary::read(&json, config.vocab_size).map_err(refused)?;
+    let mut said = Said::default();
+    let unknown = json["model"]["unk_token"].as_str().and_then(|text| vocabulary.id(text));
+    match form {
+        Form::Bytes(pre) => {
+            pairs.text("tokenizer.ggml.model", "gpt2");
+            pairs.text("tokenizer.ggml.pre", pre);
+        }
+        Form::SentencePiece { prefix, always } => {
+            pairs.text("tokenizer.ggml.model", "llama");
+            pairs.text("tokenizer.ggml.pre", "default");
+            pairs.flag("tokenizer.ggml.add_space_prefix", prefix);
+            pairs.f32s("tokenizer.ggml.scores", &vocabulary.scores().map_err(refused)?);
+            if prefix && !always {
+                said.other_prefix = true;
+                said.notes.push(
+                    "llama.cpp puts a space before every text, also before one that begins with a space and after special tokens"
+                        .to_string(),
+                );
+            }
+        }
+    }
+    pairs.texts("tokenizer.ggml.tokens", &vocabulary.tokens);
+    let sentence_piece = matches!(form, Form::SentencePiece { .. });
+    pairs.i32s("tokenizer.ggml.token_type", &vocabulary.kinds(sentence_piece, unknown));
+    if !sentence_piece {
+        pairs.texts("tokenizer.ggml.merges", &vocabulary.merges);
+    }
+    write_special(folder, config, tokenizer, &vocabulary, unknown, pairs, &mut said.notes)?;
+    Ok(said)
+}
+
+fn refused(folder: &Path, problem: &str) -> Error {
+    Error::file(folder.join("tokenizer.json"), format!("cannot be said in GGUF: {problem}"))
+}
+
+/// What a tokenizer is in GGUF.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Form {
+    /// Byte-level BPE with a name of `tokenizer.ggml.pre`.
+    Bytes(&'static str),
+    /// SentencePiece's BPE. `prefix`: a space is put before a text; `always`: also before one that begins with a space, and after
+    /// special tokens.
+    SentencePiece { prefix: bool, always: bool },
+}
+
+fn form(json: &Json) -> Result<Form, Vec<String>> {
+    let mut problems = Vec::new();
+    let model = &json["model"];
+    let is_bpe = model["type"].as_str().unwrap_or("BPE") == "BPE" && model["merges"].is_array();
+    if !is_bpe {
+        problems.push(format!("its model is {}; BPE can be said", model["type"]));
+    }
+    for key in ["continuing_subword_prefix", "end_of_word_suffix", "dropout"] {
+        let idle = |value: &Json| value.is_null() || value == "" || value.as_f64() == Some(0.0);
+        if !idle(&model[key]) {
+            problems.push(format!("its model has {key} {}", model[key]));
+        }
+    }
+    for token in json["added_tokens"].as_array().into_iter().flatten() {
+        for key in ["lstrip", "rstrip", "single_word"] {
+            if token[key] == true {
+                problems.push(format!("the added token {} is {key}", token["content"]));
+            }
+        }
+    }
+    let form = if model["byte_fallback"] == true { sentence_piece(json) } else { byte_level(json) };
+    match form {
+        Ok(form) if problems.is_empty() => return Ok(form),
+        Ok(_) => {}
+        Err(problem) => problems.push(problem),
+    }
+    Err(problems)
+}
+
+fn byte_level(json: &Json) -> Result<Form, String> {
+    let compose = match &json["normalizer"] {
+        Json::Null => false,
+        normalizer if normalizer["type"] == "NFC" => true,
+        other => return Err(format!("its normalizer is {other}; none and NFC can be said of a byte-level tokenizer")),
+    };
+    let patterns = patterns(&json["pre_tokenizer"])?;
+    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+    let whole_words = json["model"]["ignore_merges"] == true;
+    Words::name(&patterns, compose, whole_words).map(Form::Bytes).ok_or_else(|| {
+        let (ignore, composed) = (if whole_words { " with" } else { " without" }, if compose { " after NFC" } else { "" });
+        format!(
+            "it cuts a text by {patterns:?}{composed},{ignore} ignore_merges, for which tokenizer.ggml.pre has no name here; {} have",
+            Words::NAMES.join(", ")
+        )
+    })
+}
+
+/// The patterns by which a text is cut in turn, before bytes become characters.
+fn patterns(pre: &Json) -> Result<Vec<String>, String> {
+    let parts: Vec<&Json> = match pre["pretokenizers"].as_array() {
+        Some(parts) => parts.iter().collect(),
+        None => vec![pre],
+    };
+    let mut patterns = Vec::new();
+    let last = parts.len() - 1;
+    for (at, part) in parts.into_iter().enumerate() {
+        match part["type"].as_str().unwrap_or_default() {
+            "Digits" if part["individual_digits"] == true => patterns.push(r"\p{N}".to_string()),
+            "Split"
+                if part["behavior"] == "Isolated" && part["invert"] != true && part["pattern"]["Regex"].is_string() =>
+            {
+                patterns.extend(part["pattern"]["Regex"].as_str().map(str::to_string));
+            }
+            "ByteLevel" if at == last && part["add_prefix_space"] != true => {
+                if part["use_regex"] != false {
+                    patterns.push(GPT2.to_string());
+                }
+                return Ok(patterns);
+            }
+            _ => return Err(format!("its pre_tokenizer has {part}")),
+        }
+    }
+    Err(format!("its pre_tokenizer is {pre}, without ByteLevel at the end"))
+}
+
+fn sentence_piece(json: &Json) -> Result<Form, String> {
+    const SPACE: &str = "▁";
+    let normalizer = &json["normalizer"];
+    let steps = match normalizer["normalizers"].as_array() {
+        Some(steps) => steps.as_slice(),
+        None if normalizer.is_null() => &[],
+        None => std::slice::from_ref(normalizer),
+    };
+    let mut prefix = false;
+    let mut escaped = false;
+    for step in steps {
+        match step["type"].as_str().unwrap_or_default() {
+            "Prepend" if step["prepend"] == SPACE && !escaped => prefix = true,
+            "Replace" if step["pattern"]["String"] == " " && step["content"] == SPACE => escaped = true,
+            _ => return Err(format!("its normalizer has {step}, which is not SentencePiece's")),
+        }
+    }
+    let pre = &json["pre_tokenizer"];
+    match pre["type"].as_str() {
+        None if escaped => Ok(Form::SentencePiece { prefix, always: true }),
+        Some("Metaspace") if !escaped && !prefix && pre["replacement"] == SPACE && pre["split"] == false => {
+            match pre["prepend_scheme"].as_str() {
+                Some("always" | "first") => Ok(Form::SentencePiece { prefix: true, always: false }),
+                Some("never") => Ok(Form::SentencePiece { prefix: false, always: false }),
+                _ => Err(format!("its pre_tokenizer is {pre}")),
+            }
+        }
+        _ => Err(format!("its pre_tokenizer is {pre}, which is not SentencePiece's")),
+    }
+}
+
+/// All tokens by their ids, and the merges as `left right`.
+struct Vocabulary {
+    tokens: Vec<String>,
+    ids: HashMap<String, u32>,
+    /// Of the tokens that are no words of the model: whether they are special.
+    added: HashMap<u32, bool>,
+    merges: Vec<String>,
+}
+
+impl Vocabulary {
+    fn read(json: &Json, size: usize) -> Result<Self, String> {
+        let model = json["model"]["vocab"].as_object().ok_or("its model has no vocab")?;
+        let mut ids = HashMap::with_capacity(size);
+        let mut problems = Vec::new();
+        let mut take = |text: &str, id: Option<u64>| match id.filter(|&id| id < size as u64) {
+            Some(id) => drop(ids.insert(text.to_string(), id as u32)),
+            None => problems.push(format!("the token '{text}' is not one of the model's {size}")),
+        };
+        model.iter().for_each(|(text, id)| take(text, id.as_u64()));
+        let mut added = HashMap::new();
+        for token in json["added_tokens"].as_array().into_iter().flatten() {
+            take(token["content"].as_str().unwrap_or_default(), token["id"].as_u64());
+            added.insert(token["id"].as_u64().unwrap_or_default() as u32, token["special"] == true);
+        }
+        let mut tokens: Vec<Option<String>> = vec![None; size];
+        for (text, &id) in &ids {
+            if let Some(other) = tokens[id as usize].replace(text.clone()) {
+                problems.push(format!("the tokens '{text}' and '{other}' are both {id}"));
+            }
+        }
+        let merges = json["model"]["merges"].as_array().into_iter().flatten().map(|merge| match merge {
+            Json::String(pair) => Ok(pair.clone()),
+            Json::Array(pair) => match pair.as_slice() {
+                [Json::String(left), Json::String(right)] => Ok(format!("{left} {right}")),
+                _ => Err(format!("the merge {merge} is no pair")),
+            },
+            other => Err(format!("the merge {other} is no pair")),
+        });
+        let merges = merges.collect::<Result<_, _>>()?;
+        if !problems.is_empty() {
+            problems.sort_unstable();
+            return Err(list(&problems));
+        }
+        // As llama.cpp's converter calls the rows of an embedding that have no token.
+        let tokens = tokens.into_iter().enumerate().map(|(id, text)| text.unwrap_or_else(|| format!("[PAD{id}]")));
+        Ok(Self { tokens: tokens.collect(), ids, added, merges })
+    }
+
+    fn id(&self, text: &str) -> Option<u32> {
+        self.ids.get(text).copied()
+    }
+
+    fn kinds(&self, sentence_piece: bool, unknown: Option<u32>) -> Vec<i32> {
+        let kind = |(id, token): (usize, &String)| {
+            let id = id as u32;
+            if self.id(token) != Some(id) {
+                return kind::UNUSED;
+            }
+            match self.added.get(&id) {
+                _ if sentence_piece && unknown == Some(id) => kind::UNKNOWN,
+                Some(true) => kind::CONTROL,
+                Some(false) => kind::USER_DEFINED,
+                None if sentence_piece && is_byte(token) => kind::BYTE,
+                None => kind::NORMAL,
+            }
+        };
+        self.tokens.iter().enumerate().map(|token| kind(token) as i32).collect()
+    }
+
+    /// SentencePiece joins what has the best score: a token's is the place of the first merge that gives it, negated.
+    fn scores(&self) -> Result<Vec<f32>, String> {
+        let mut scores = vec![None; self.tokens.len()];
+        for (place, merge) in self.merges.iter().enumerate() {
+            // A token may hold no space: SentencePiece's are written as another character.
+            let whole = merge.replace(' ', "");
+            if let Some(id) = self.id(&whole) {
+                scores[id as usize].get_or_insert(-(place as f32));
+            }
+        }
+        let joined = |(id, token): &(usize, &String)| {
+            scores[*id].is_none()
+                && token.chars().nth(1).is_some()
+                && !is_byte(token)
+                && !self.added.contains_key(&(*id as u32))
+                && self.ids.contains_key(*token)
+        };
+        let unmade: Vec<String> =
+            self.tokens.iter().enumerate().filter(joined).map(|(_, token)| format!("'{token}'")).collect();
+        if !unmade.is_empty() {
+            return Err(format!("no merge gives its tokens {}, as SentencePiece's have it", list(&unmade)));
+        }
+        Ok(scores.into_iter().map(|score| score.unwrap_or(0.0)).collect())
+    }
+}
+
+fn is_byte(token: &str) -> bool {
+    token.len() == 6 && token.starts_with("<0x") && token.ends_with('>')
+}
+
+fn write_special(
+    folder: &Path,
+    config: &ModelConfig,
+    tokenizer: &TextTokenizer,
+    vocabulary: &Vocabulary,
+    unknown: Option<u32>,
+    pairs: &mut Pairs,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let SpecialTokens { bos, chat_template, unknown: named_unknown, padding, .. } = special_tokens(folder)?;
+    let eos = tokenizer.eos_token().map(|(id, _)| id);
+    let (before, after) = around(folder, tokenizer)?;
+    let bos = before.or_else(|| vocabulary.id(&bos)).or(config.bos_token_id);
+    if after.is_some() && after != eos {
+        return Err(refused(folder, &format!("it ends a text with token {after:?}, and the end token is {eos:?}")));
+    }
+    let rest: Vec<u32> = tokenizer.stop_tokens().iter().copied().filter(|id| Some(*id) != eos).collect();
+    if rest.len() > 2 {
+        notes.push(format!("of the tokens that end a text, GGUF has no key for {:?}", &rest[2..]));
+    }
+    let ids = [
+        ("bos", bos),
+        ("eos", eos),
+        ("eot", rest.first().copied()),
+        ("eom", rest.get(1).copied()),
+        ("unknown", unknown.or_else(|| vocabulary.id(&named_unknown?))),
+        ("padding", padding.and_then(|text| vocabulary.id(&text))),
+    ];
+    for (name, id) in ids {
+        if let Some(id) = id {
+            pairs.u32(&format!("tokenizer.ggml.{name}_token_id"), id);
+        }
+    }
+    pairs.flag("tokenizer.ggml.add_bos_token", before.is_some());
+    pairs.flag("tokenizer.ggml.add_eos_token", after.is_some());
+    if let Some(template) = chat_template {
+        pairs.text("tokenizer.chat_template", &template);
+    }
+    Ok(())
+}
+
+/// The tokens that are put before and after a text.
+fn around(folder: &Path, tokenizer: &TextTokenizer) -> Result<(Option<u32>, Option<u32>)> {
+    let (with, without) = (tokenizer.encode("a", true)?, tokenizer.encode("a", false)?);
+    if with == without {
+        return Ok((None, None));
+    }
+    let at = with.windows(without.len().max(1)).position(|part| part == without);
+    match at.map(|at| (&with[..at], &with[at + without.len()..])) {
+        Some((before @ ([] | [_]), after @ ([] | [_]))) => Ok((before.first().copied(), after.first().copied())),
+        _ => Err(refused(folder, &format!("with special tokens it gives {with:?} where it gives {without:?} without"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::{LLAMA3, QWEN2, TEKKEN};
+    use super::*;
+
+    fn pre(pre_tokenizer: Json, normalizer: Json, ignore_merges: bool) -> Result<Form, Vec<String>> {
+        let model = json!({"type": "BPE", "merges": [], "vocab": {}, "ignore_merges": ignore_merges});
+        form(&json!({"pre_tokenizer": pre_tokenizer, "normalizer": normalizer, "model": model}))
+    }
+
+    /// As the models' own files have it.
+    #[test]
+    fn ways_to_cut_a_text_are_told_by_their_parts() {
+        let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex});
+        let split = |pattern: &str| {
+            let split =
+                json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+            json!({"type": "Sequence", "pretokenizers": [split, bytes(false)]})
+        };
+        let digits = json!({"type": "Digits", "individual_digits": true});
+        let smollm = json!({"type": "Sequence", "pretokenizers": [digits, bytes(true)]});
+        let nfc = json!({"type": "NFC"});
+        let null = || Json::Null;
+        assert_eq!(pre(bytes(true), null(), false), Ok(Form::Bytes("gpt-2")));
+        assert_eq!(pre(smollm, null(), false), Ok(Form::Bytes("smollm")));
+        assert_eq!(pre(split(LLAMA3), null(), true), Ok(Form::Bytes("llama-bpe")));
+        assert_eq!(pre(split(QWEN2), nfc.clone(), false), Ok(Form::Bytes("qwen2")));
+        assert_eq!(pre(split(TEKKEN), null(), true), Ok(Form::Bytes("tekken")));
+        // Each part counts.
+        assert!(pre(split(LLAMA3), null(), false).unwrap_err()[0].contains("without ignore_merges"));
+        assert!(pre(split(LLAMA3), nfc, true).unwrap_err()[0].contains("after NFC"));
+        assert!(pre(json!({"type": "Whitespace"}), null(), false).unwrap_err()[0].contains("Whitespace"));
+    }
+
+    #[test]
+    fn sentence_pieces_forms_are_told_apart() {
+        let told = |normalizer: Json, pre: Json| {
+            let model = json!({"type": "BPE", "merges": [], "vocab": {}, "byte_fallback": true});
+            form(&json!({"normalizer": normalizer, "pre_tokenizer": pre, "model": model}))
+        };
+        let prepend = json!({"type": "Prepend", "prepend": "▁"});
+        let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        let both = json!({"type": "Sequence", "normalizers": [prepend, replace.clone()]});
+        let metaspace = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});
+        let is = |prefix, always| Ok(Form::SentencePiece { prefix, always });
+        assert_eq!(told(both, Json::Null), is(true, true));
+        assert_eq!(told(replace, Json::Null), is(false, true));
+        assert_eq!(told(Json::Null, metaspace("always", false)), is(true, false));
+        assert_eq!(told(Json::Null, metaspace("first", false)), is(true, false));
+        assert_eq!(told(Json::Null, metaspace("never", false)), is(false, false));
+        assert!(told(Json::Null, metaspace("first", true)).is_err());
+        assert!(told(json!({"type": "NFKC"}), Json::Null).unwrap_err()[0].contains("NFKC"));
+    }
+
+    #[test]
+    fn tokens_without_a_merge_or_without_a_row_are_named() {
+        let json = |vocab: Json, merges: Json| json!({"model": {"vocab": vocab, "merges": merges}, "added_tokens": []});
+        let read = |json: &Json| Vocabulary::read(json, 4);
+        let scores =
+            read(&json(json!({"a": 0, "b": 1, "ab": 2, "ba": 3}), json!([["b", "a"], "a b"]))).unwrap().scores();
+        assert_eq!(scores, Ok(vec![0.0, 0.0, -1.0, 0.0]));
+        let unmade = read(&json(json!({"a": 0, "b": 1, "ab": 2, "<0x0A>": 3}), json!([]))).unwrap().scores();
+        assert!(unmade.unwrap_err().contains("its tokens 'ab', as"));
+        let problem = read(&json(json!({"a": 0, "b": 9, "c": 0}), json!([]))).err().unwrap();
+        assert!(problem.contains("'b' is not one of the model's 4") && problem.contains("are both 0"), "{problem}");
+    }
+}
