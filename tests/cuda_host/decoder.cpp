@@ -180,6 +180,25 @@ template <class T, int N> void check_dora(int m, int n, bool extras) {
   compare("dora du alone", alone, want_du);
 }
 
+template <class T> void check_dora_norms(int n) {
+  const int r = 3;
+  Array<T> p(r * n);
+  Array<float> gram(r * r), b(r * n), squares(n), lengths(n, false);
+  for (int j = 0; j < n; j++) squares.data()[j] += 30;
+  Doubles ps = p.get(), grams = gram.get(), bs = b.get(), want_norm = squares.get();
+  for (int j = 0; j < n; j++) {
+    for (int q = 0; q < r; q++) {
+      double own = 0;
+      for (int at = 0; at < r; at++) own += grams[q * r + at] * bs[at * n + j];
+      want_norm[j] += bs[q * n + j] * (2 * 1.5 * ps[q * n + j] + 1.5 * 1.5 * own);
+    }
+    want_norm[j] = sqrt(want_norm[j]);
+  }
+  dora::NormArgs norm_args = {p.data(), gram.data(), b.data(), squares.data(), lengths.data(), n, r, 1.5, 1e-30};
+  launch({(n + 31) / 32}, 32, 0, false, [&](unsigned char*) { dora::norms<T>(norm_args); });
+  compare("dora norms", lengths, want_norm);
+}
+
 // Logits of type Z; `in_place`: P takes their place.
 template <class Z, class T, int N> void check_cross_entropy(int rows, int vocab, int warps, bool in_place = false) {
   Array<Z> logits(rows * vocab);
@@ -316,7 +335,7 @@ template <class K, class T> void check_dequantize(const char* name, std::vector<
       products.push_back(sum);
     }
     few_rows::Args args = {x.data(), bytes, bias.data(), y.data(), k, n, m};
-    launch({(n + 1) / 2}, 64, 0, true, [&](unsigned char*) { m == 1 ? few_rows::forward<K, T, 1>(args) : few_rows::forward<K, T, 8>(args); });
+    launch({(n + 1) / 2}, 64, 0, true, [&](unsigned char*) { m == 1 ? few_rows::forward<K, T, 1>(args) : few_rows::forward<K, T, 4>(args); });
     compare(name, y, products);
   }
 }
@@ -341,6 +360,7 @@ template <class T> void types() {
     check_rms_norm<T, T, 8>(4, 136, 3, residual), check_rms_norm<T, T, 1>(7, 9, 1, residual);
   }
   check_dora<T, 1>(5, 43, true), check_dora<T, 1>(1, 3, false), check_dora<T, 8>(7, 600, true), check_dora<T, 8>(2, 16, false);
+  check_dora_norms<T>(43);
   check_embedding<T, 1>(43), check_embedding<T, 8>(296);
   check_cross_entropy<float, T, 1>(3, 211, 3), check_cross_entropy<float, T, 1>(2, 5, 2);
 }

@@ -31,6 +31,7 @@ typedef float F32;
   NORM(t, f32, T, F32, 1)                                                                    \
   NORM(t, f32, T, F32, 8)                                                                    \
   KERNEL(rms_norm_weight_##t, rms_norm::BackwardArgs, (rms_norm::weight_parts<T>))            \
+  KERNEL(dora_norms_##t, dora::NormArgs, (dora::norms<T>))                                    \
   KERNEL(embedding_backward_##t, embedding::BackwardArgs, (embedding::backward<T>))          \
   KERNEL(cross_entropy_##t, cross_entropy::Args, (cross_entropy::rows<float, T, 1>))
 

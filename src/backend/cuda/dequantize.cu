@@ -14,7 +14,7 @@ using elements::F16;
       const __grid_constant__ few_rows::Args args) {                                        \
     few_rows::forward<dequantize::K, T, M>(args);                                           \
   }
-#define TYPE(K, t, T) KERNEL(K, t, T) ROWS(K, t, T, 1) ROWS(K, t, T, 8)
+#define TYPE(K, t, T) KERNEL(K, t, T) ROWS(K, t, T, 1) ROWS(K, t, T, 4)
 #define KIND(K) TYPE(K, f32, float) TYPE(K, f16, F16) TYPE(K, bf16, Bf16)
 
 KIND(q8_0)

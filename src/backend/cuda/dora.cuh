@@ -67,4 +67,27 @@ template <class T, int N> __device__ __forceinline__ void backward(const Backwar
   store(args.parts + blockIdx.y * args.n + column, sum);
 }
 
+// norm_j = sqrt(squares_j + Σ_q B_qj (2 s P + s² G B)_qj), P = Aᵀ Wᵀ [r, n] of T, G = Aᵀ A [r, r], B [r, n], squares and norm [n], f32.
+// A thread makes a column; its r values of B come r times, from the caches but for the first.
+struct NormArgs {
+  const void* p;
+  const float *g, *b, *squares;
+  float* norm;
+  int64_t n;
+  int r;
+  float s, shortest;
+};
+
+template <class T> __device__ __forceinline__ void norms(const NormArgs& args) {
+  int64_t j = grid_first(), n = args.n;
+  if (j >= n) return;
+  float sum = args.squares[j];
+  for (int q = 0; q < args.r; q++) {
+    float own = 0.f;
+    for (int p = 0; p < args.r; p++) own += args.g[q * args.r + p] * args.b[p * n + j];
+    sum += args.b[q * n + j] * args.s * (2.f * widen(((const T*)args.p)[q * n + j]) + args.s * own);
+  }
+  args.norm[j] = fmaxf(sqrtf(fmaxf(sum, 0.f)), args.shortest);
+}
+
 }  // namespace dora

@@ -1,10 +1,13 @@
 //! DoRA's scale on CUDA: `dora.cuh`. Shapes and dtypes were checked by `custom_ops::dora`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use super::device::{Gpu, Held, Kernel, Module, View, address, cuda_device, empty, scratch, tensor, uninit, wide};
+use super::device::{
+    Gpu, Held, Kernel, Module, View, address, cuda_device, empty, scratch, tensor, typed, uninit, wide,
+};
 use super::rms_norm::SumColumns;
 use crate::Result;
+use crate::backend::custom_ops::dora::SHORTEST;
 
 const OP: &str = "dora";
 /// Row ranges that a column is split in.
@@ -94,6 +97,41 @@ pub fn backward(u: &Tensor, g: &Tensor, c: &Tensor, norm: &Tensor, dm: Option<&T
         unsafe { gpu.launch(kernel, gpu.blocks(n), 8, 0, &stream, &sum)? };
     }
     Ok(du)
+}
+
+#[repr(C)]
+struct NormArgs {
+    p: u64,
+    g: u64,
+    b: u64,
+    squares: u64,
+    norm: u64,
+    n: i64,
+    r: i32,
+    s: f32,
+    shortest: f32,
+}
+
+/// The norms from P = `Aᵀ Wᵀ` `[r, n]`, and in f32 G = `Aᵀ A` `[r, r]`, B `[r, n]` and the squares `[n]`.
+pub fn norms(p: &Tensor, g: &Tensor, b: &Tensor, squares: &Tensor, s: f64) -> Result<Tensor> {
+    let device = cuda_device(OP, p)?;
+    let (r, n) = p.dims2()?;
+    let norm = tensor(uninit(device, &n.into(), DType::F32)?, n);
+    let args = NormArgs {
+        p: Held::of(OP, "p", p)?.view.ptr,
+        g: Held::of(OP, "g", g)?.view.ptr,
+        b: Held::of(OP, "b", b)?.view.ptr,
+        squares: Held::of(OP, "squares", squares)?.view.ptr,
+        norm: Held::of(OP, "norm", &norm)?.view.ptr,
+        n: n as i64,
+        r: r as i32,
+        s: s as f32,
+        shortest: SHORTEST as f32,
+    };
+    let kernel = typed!(Decoder, "dora_norms", p.dtype());
+    // SAFETY: `NormArgs` mirrors the kernel's; the shapes are those above; memory is of this stream.
+    unsafe { Gpu::of(device)?.launch(kernel, [n.div_ceil(128), 1], 4, 0, &device.cuda_stream(), &args)? };
+    Ok(norm)
 }
 
 /// How columns and ranges of rows lie on blocks of 256 threads.

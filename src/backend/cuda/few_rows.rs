@@ -9,7 +9,7 @@ use crate::backend::quantized::{Kind, QuantizedTensor};
 
 const OP: &str = "linear";
 /// The most rows: from more on a product is faster with W made dense first.
-pub const MOST: usize = 8;
+pub const MOST: usize = 4;
 
 #[repr(C)]
 struct Args {
@@ -54,16 +54,16 @@ pub fn forward(x: &Tensor, w: &QuantizedTensor, bias: Option<&Tensor>, sizes: [u
     Ok(Some(y))
 }
 
-/// The kernel `few_rows_<kind>_<dtype>_<1 or 8 rows>`.
+/// The kernel `few_rows_<kind>_<dtype>_<1 or 4 rows>`.
 macro_rules! instance {
     ($kind:literal, $dtype:expr, $one:expr) => {
         match ($dtype, $one) {
             (DType::BF16, true) => concat!("few_rows_", $kind, "_bf16_1"),
-            (DType::BF16, false) => concat!("few_rows_", $kind, "_bf16_8"),
+            (DType::BF16, false) => concat!("few_rows_", $kind, "_bf16_4"),
             (DType::F16, true) => concat!("few_rows_", $kind, "_f16_1"),
-            (DType::F16, false) => concat!("few_rows_", $kind, "_f16_8"),
+            (DType::F16, false) => concat!("few_rows_", $kind, "_f16_4"),
             (_, true) => concat!("few_rows_", $kind, "_f32_1"),
-            (_, false) => concat!("few_rows_", $kind, "_f32_8"),
+            (_, false) => concat!("few_rows_", $kind, "_f32_4"),
         }
     };
 }

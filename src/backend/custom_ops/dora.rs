@@ -6,7 +6,7 @@
 //! once. Gradients: `du = c ∘ g`, `dm += Σ over rows of g ∘ u / norm`. The norm counts as a constant, as in the paper
 //! (section 4.3), PEFT and mlx-lm.
 //!
-//! The norms are small products, on every device Candle's: with P = `Aᵀ Wᵀ` `[r, n]`,
+//! The norms are small products: with P = `Aᵀ Wᵀ` `[r, n]`,
 //! `‖W_j + s (A B)_j‖² = ‖W_j‖² + Σ_q B_qj (2 s P + s² (Aᵀ A) B)_qj`, so that `W + s (A B)ᵀ` is never made.
 
 use candle_core::{DType, Tensor};
@@ -25,6 +25,10 @@ const OP: &str = "dora";
 
 /// The least norm: a row of zeros has no direction, and stays what it is.
 pub const SHORTEST: f64 = 1e-30;
+
+/// From more ranks on CUDA's kernel, whose work grows with the square of them, is slower than Candle's products.
+#[cfg(feature = "cuda")]
+const MOST_RANKS: usize = 64;
 
 /// Rows whose squares are summed at once: bounds the copy in f32 that it takes.
 const CHUNK: usize = 1 << 22;
@@ -48,8 +52,7 @@ pub fn squared_norms<'a>(w: impl Into<Weight<'a>>) -> Result<Tensor> {
 }
 
 /// `‖W_j + s (A B)_j‖` for each row j of W `[n, k]`, `[n]` f32 and at least [`SHORTEST`], from [`squared_norms`] of W, A `[k, r]`
-/// and B `[r, n]`. On CUDA
-/// the part that W and the adapter share is rounded to W's dtype where that is 16 bits wide.
+/// and B `[r, n]`. On CUDA the part that W and the adapter share is rounded to W's dtype, or to bf16 where W is quantized.
 ///
 /// # Errors
 /// A wrong shape, dtype or device.
@@ -61,13 +64,16 @@ pub fn norms<'a>(w: impl Into<Weight<'a>>, squares: &Tensor, a: &Tensor, b: &Ten
     sink(OP, "squares", squares, &[dims[0]], a)?;
     let (a, b) = (a.detach().to_dtype(DType::F32)?, b.detach().to_dtype(DType::F32)?);
     let rows_of_a = a.t()?.contiguous()?;
-    let shared = match w {
+    #[cfg(feature = "cuda")]
+    if cuda::takes(a.device()) && a.dims()[1] <= MOST_RANKS {
         // Products of two dtypes would be made in f32 there, from a copy of W.
-        Weight::Dense(dense) if a.device().is_cuda() => {
-            linear::forward(&rows_of_a.to_dtype(dense.dtype())?, dense, None)?.to_dtype(DType::F32)?
-        }
-        _ => linear::forward(&rows_of_a, w, None)?,
-    };
+        let shared = match w {
+            Weight::Dense(dense) => linear::forward(&rows_of_a.to_dtype(dense.dtype())?, dense, None)?,
+            Weight::Quantized(_) => linear::forward(&rows_of_a.to_dtype(DType::BF16)?, w, None)?,
+        };
+        return cuda::dora::norms(&shared, &rows_of_a.matmul(&a)?, &b.contiguous()?, &squares.contiguous()?, s);
+    }
+    let shared = linear::forward(&rows_of_a, w, None)?;
     let own = rows_of_a.matmul(&a)?.matmul(&b)?;
     let cross = ((shared * (2.0 * s))? + (own * (s * s))?)?;
     // Rounding may take a row of zeros below zero.
