@@ -177,7 +177,8 @@ fn write_special(
     pairs: &mut Pairs,
     notes: &mut Vec<String>,
 ) -> Result<()> {
-    let SpecialTokens { bos, chat_template, unknown: named_unknown, padding, .. } = special_tokens(folder)?;
+    let SpecialTokens { bos, chat_template, other_templates, unknown: named_unknown, padding, .. } =
+        special_tokens(folder)?;
     let eos = tokenizer.eos_token().map(|(id, _)| id);
     let (before, after) = around(folder, tokenizer)?;
     let bos = before.or_else(|| vocabulary.id(&bos)).or(config.bos_token_id);
@@ -205,6 +206,10 @@ fn write_special(
     pairs.flag("tokenizer.ggml.add_eos_token", after.is_some());
     if let Some(template) = chat_template {
         pairs.text("tokenizer.chat_template", &template);
+    }
+    if !other_templates.is_empty() {
+        notes
+            .push(format!("of the chat templates only the default one is carried, not {}", other_templates.join(", ")));
     }
     Ok(())
 }
