@@ -72,7 +72,7 @@ fn patterns(pre: &Json) -> Result<Vec<String>, String> {
         None => vec![pre],
     };
     let mut patterns = Vec::new();
-    let last = parts.len() - 1;
+    let count = parts.len();
     for (at, part) in parts.into_iter().enumerate() {
         match part["type"].as_str().unwrap_or_default() {
             "Digits" if part["individual_digits"] == true => patterns.push(r"\p{N}".to_string()),
@@ -81,7 +81,7 @@ fn patterns(pre: &Json) -> Result<Vec<String>, String> {
             {
                 patterns.extend(part["pattern"]["Regex"].as_str().map(str::to_string));
             }
-            "ByteLevel" if at == last && part["add_prefix_space"] != true => {
+            "ByteLevel" if at + 1 == count && part["add_prefix_space"] != true => {
                 if part["use_regex"] != false {
                     patterns.push(GPT2.to_string());
                 }

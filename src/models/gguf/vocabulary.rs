@@ -245,4 +245,56 @@ mod tests {
         let problem = read(&json(json!({"a": 0, "b": 9, "c": 0}), json!([]))).err().unwrap();
         assert!(problem.contains("'b' is not one of the model's 4") && problem.contains("are both 0"), "{problem}");
     }
+
+    /// Every place in a `tokenizer.json`, as a pointer.
+    fn places(json: &Json, at: &str, all: &mut Vec<String>) {
+        all.push(at.to_string());
+        match json {
+            Json::Object(map) => map.iter().for_each(|(key, value)| places(value, &format!("{at}/{key}"), all)),
+            Json::Array(items) => {
+                items.iter().enumerate().for_each(|(i, item)| places(item, &format!("{at}/{i}"), all));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn damaged_files_do_not_panic() {
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
+        let added = json!([{"id": 3, "content": "<s>", "special": true, "lstrip": false}]);
+        let whole = |model: Json, normalizer: Json, pre: Json| json!({"model": model, "normalizer": normalizer, "pre_tokenizer": pre, "added_tokens": added});
+        let vocab = json!({"a": 0, "b": 1, "ab": 2});
+        let byte_level = whole(
+            json!({"type": "BPE", "vocab": vocab, "merges": [["a", "b"], "a b"], "unk_token": "a"}),
+            Json::Null,
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, bytes]}),
+        );
+        let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        let sentence_piece = whole(
+            json!({"type": "BPE", "vocab": vocab, "merges": ["a b"], "byte_fallback": true}),
+            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}),
+            Json::Null,
+        );
+        let mut read = 0;
+        for whole in [byte_level, sentence_piece] {
+            assert!(form(&whole).is_ok(), "{:?}", form(&whole));
+            let mut all = Vec::new();
+            places(&whole, "", &mut all);
+            for place in all {
+                for other in
+                    [Json::Null, json!([]), json!({}), json!(-1), json!(1e9), json!(""), json!([[]]), json!(true)]
+                {
+                    let mut damaged = whole.clone();
+                    *damaged.pointer_mut(&place).unwrap() = other;
+                    let _ = form(&damaged);
+                    if let Ok(vocabulary) = Vocabulary::read(&damaged, 5) {
+                        let _ = vocabulary.scores();
+                        assert_eq!(vocabulary.kinds(true, Some(4)).len(), 5);
+                        read += 1;
+                    }
+                }
+            }
+        }
+        assert!(read > 100, "{read}");
+    }
 }
