@@ -7,7 +7,7 @@ use super::tokenizer::{GPT2, Words};
 /// What a tokenizer is in GGUF.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
-    /// Byte-level BPE with a name of `tokenizer.ggml.pre`.
+    /// Byte-level BPE with a name of `tokenizer.ggml.pre`. llama.cpp composes no characters (NFC) before it, whatever the name.
     Bytes(&'static str),
     /// SentencePiece's BPE. `prefix`: a space is put before a text; `always`: also before one that begins with a space, and after
     /// special tokens.
