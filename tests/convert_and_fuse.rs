@@ -179,6 +179,22 @@ fn a_fused_model_answers_as_the_adapted_one() {
     assert_same_tensors(&place.tensors("fused/model.safetensors"), &place.tensors("again/model.safetensors"));
 }
 
+/// DoRA's magnitudes go into the weights, in a folder and in a GGUF file.
+#[test]
+fn a_fused_dora_answers_as_the_adapted_one() {
+    let place = Place::new();
+    place.train("dora", "--rank 3 --alpha 5 --fine-tune-type dora --init-lora-weights pissa");
+    for output in ["--output fused", "--export-gguf f16 --output fused.gguf"] {
+        let told = good(&place.run(&format!("fuse --model model --adapter dora {output}")));
+        let difference: f64 = told.split("logit: ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+        assert!(difference < if output.contains("gguf") { 5e-3 } else { 1e-5 }, "{told}");
+    }
+    let answer = |model: &str| good(&place.run(&format!("generate {model} --prompt x --max-tokens 6 --temp 0")));
+    assert_eq!(answer("--model fused"), answer("--model model --adapter-path dora"));
+    assert_ne!(answer("--model fused"), answer("--model model"));
+    refused(&place.run("fuse --model model --adapter dora=0.5 --output f"), 1, &["a weighted sum", "magnitudes"]);
+}
+
 /// Dtype, shape and bytes by name.
 type Raw = BTreeMap<String, (String, Vec<usize>, Vec<u8>)>;
 

@@ -158,6 +158,11 @@ fn keys_are_llama_cpps() {
     assert_eq!(text("tokenizer.chat_template"), TEMPLATE);
     assert!(matches!(keys["tokenizer.ggml.add_bos_token"], Gguf::Bool(false)));
     assert!(matches!(keys["llama.rope.freq_base"], Gguf::F32(10000.0)));
+    let named = json!([{"name": "default", "template": TEMPLATE}, {"name": "tools", "template": "x"}]);
+    edited(&folder, "tokenizer_config.json", |json| json["chat_template"] = named);
+    let fused = export(&open(&folder), FileType::Q8_0, &path).unwrap();
+    assert!(fused.notes.iter().any(|note| note.contains("not tools")), "{:?}", fused.notes);
+    assert_eq!(content(&path).metadata["tokenizer.chat_template"].to_string().unwrap(), TEMPLATE);
     let list = |key: &str| keys[key].to_vec().unwrap().clone();
     let (tokens, kinds) = (list("tokenizer.ggml.tokens"), list("tokenizer.ggml.token_type"));
     assert_eq!((tokens.len(), kinds.len()), (310, 310));

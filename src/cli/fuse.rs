@@ -16,9 +16,9 @@ Examples:
   metal-candle fuse --model base --adapter adapters --output fused
   metal-candle fuse --model base --adapter manners=0.7 --adapter facts=0.3 --output fused
   metal-candle fuse --model base-4bit --adapter adapters --dequantize --output fused
-  metal-candle fuse --model base --adapter adapters --export-gguf q8_0 --output fused.gguf   # llama-cli -m fused.gguf
+  metal-candle fuse --model base --adapter adapters --export-gguf q8_0 --output fused.gguf
   metal-candle fuse --model model.Q4_1.gguf --adapter adapters --export-gguf f16 --output fused.gguf
-  metal-candle fuse --model base --export-gguf q4_k --output base.gguf                       # no adapter";
+  metal-candle fuse --model base --export-gguf q4_k --output base.gguf";
 
 /// Add adapters to a model's weights and write it as a model of its own: a folder, or a GGUF file for llama.cpp
 ///

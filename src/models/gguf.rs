@@ -7,7 +7,9 @@
 mod compare;
 mod container;
 pub mod export;
+mod form;
 mod metadata;
+mod order;
 mod tokenizer;
 mod vocabulary;
 mod writer;
@@ -23,6 +25,8 @@ use rayon::prelude::*;
 use serde_json::{Map, json};
 
 use self::container::{Container, TensorView, Value, list};
+pub(crate) use self::order::in_file_order;
+use self::order::{permuted_heads, unpermute, unpermute_blocks};
 use super::Holding;
 use super::config::{ModelConfig, RopeScaling};
 use super::linear::BaseWeight;
@@ -181,7 +185,9 @@ fn held(view: &TensorView, config: &ModelConfig, holding: &Holding, name: &str) 
     let heads = permuted_heads(config, name);
     let kind = holding.kinds.get(name).copied();
     if let Some(kind) = kind.filter(|kind| kind.ggml() == Some(view.dtype)) {
-        return Ok(as_it_is(view, kind, heads)?.into());
+        let sizes = (view.shape[0], view.shape[1]);
+        let blocks = QuantizedTensor::new(kind, view.data.to_vec(), sizes, &Device::Cpu)?;
+        return Ok(unpermute_blocks(blocks, heads)?.into());
     }
     let mut tensor = dequantize(view)?;
     if let Some(heads) = heads {
@@ -199,12 +205,6 @@ fn with_container<T>(path: &Path, read: impl FnOnce(&Container) -> Result<T>) ->
     // shrink the file meanwhile.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
     read(&Container::parse(&map).map_err(|problem| Error::file(path, problem))?)
-}
-
-/// llama.cpp rotates the halves of a Llama's head as neighbouring pairs, and its converter permutes q and k for that. The other
-/// families are left as they are.
-fn heads_are_permuted(architecture: &str) -> bool {
-    matches!(architecture, "llama" | "mistral")
 }
 
 fn architecture<'a>(path: &Path, container: &Container<'a>) -> Result<&'a str> {
@@ -376,39 +376,8 @@ pub(crate) fn file_name(name: &str) -> String {
     }
 }
 
-/// The blocks of a file, rows in this crate's order.
-fn as_it_is(view: &TensorView, kind: Kind, heads: Option<usize>) -> Result<QuantizedTensor> {
-    let quantized = QuantizedTensor::new(kind, view.data.to_vec(), (view.shape[0], view.shape[1]), &Device::Cpu)?;
-    let Some(heads) = heads else { return Ok(quantized) };
-    let rows = Tensor::arange(0_u32, view.shape[0] as u32, &Device::Cpu)?;
-    quantized.permute_rows(&unpermute(&rows, heads)?.to_vec1()?)
-}
-
 /// f32, on the CPU.
 fn dequantize(view: &TensorView) -> Result<Tensor> {
     let quantized = qtensor_from_ggml(view.dtype, view.data, view.shape.clone(), &Device::Cpu)?;
     Ok(quantized.dequantize(&Device::Cpu)?)
-}
-
-/// The heads of a weight whose rows lie in another order in a file, as [`unpermute`] takes them.
-fn permuted_heads(config: &ModelConfig, name: &str) -> Option<usize> {
-    match heads_are_permuted(architecture_of(config)) {
-        true if name.contains(".q_proj.") => Some(config.num_heads),
-        true if name.contains(".k_proj.") => Some(config.num_kv_heads),
-        _ => None,
-    }
-}
-
-/// Rows `[n, ..]` of a weight of this name in the order that a file has.
-pub(crate) fn in_file_order(config: &ModelConfig, name: &str, rows: &Tensor) -> Result<Tensor> {
-    let Some(heads) = permuted_heads(config, name) else { return Ok(rows.clone()) };
-    let split = rows.reshape((heads, 2, rows.dim(0)? / heads / 2, ()))?.transpose(1, 2)?;
-    Ok(split.contiguous()?.reshape(rows.shape())?)
-}
-
-/// Rows of a head lie `0, D/2, 1, D/2 + 1, ...` in the file.
-fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor> {
-    let rows = tensor.dim(0)?;
-    let split = tensor.reshape((heads, rows / heads / 2, 2, ()))?.transpose(1, 2)?;
-    Ok(split.contiguous()?.reshape(tensor.shape())?)
 }

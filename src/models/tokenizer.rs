@@ -30,6 +30,8 @@ pub struct SpecialTokens {
     pub eos: Option<String>,
     /// The chat template's source.
     pub chat_template: Option<String>,
+    /// The names of further templates, for which there is no use here.
+    pub other_templates: Vec<String>,
     /// The text of the token for what is not in the vocabulary.
     pub unknown: Option<String>,
     /// The text of the token that fills up rows.
@@ -171,6 +173,9 @@ pub(super) fn special_tokens(folder: &Path) -> Result<SpecialTokens> {
         special.unknown = token_text(&json, "unk_token");
         special.padding = token_text(&json, "pad_token");
         special.chat_template = chat_template(&json);
+        let named = json.get("chat_template").and_then(Value::as_array).into_iter().flatten();
+        let names = named.filter_map(|entry| entry.get("name")?.as_str()).filter(|name| *name != "default");
+        special.other_templates = names.map(str::to_string).collect();
     }
     let jinja = folder.join("chat_template.jinja");
     if jinja.exists() {

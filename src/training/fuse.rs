@@ -138,12 +138,13 @@ fn check_adapter(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
     Err(Error::setting("adapter", format!("cannot be fused: it has {}", problems.join("; "))))
 }
 
-/// The logits of the model with the adapter on it.
+/// The logits of the model with the adapter on it. What is quantized stays so in memory: products with it are as exact.
 fn wanted_logits(model: &ModelFiles, adapter: Option<&AdapterFile>) -> Result<Vec<f32>> {
-    let mut weights = model.weights(DType::F32, &Device::Cpu)?;
+    let holding = model.holding(Quantize::Auto, DType::F32, &Device::Cpu)?;
+    let mut weights = model.base(&holding, &Device::Cpu)?;
     let Some(adapter) = adapter else { return logits(&Decoder::new(&model.config, weights, &Device::Cpu)?) };
     for (name, tensor) in &adapter.saved {
-        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?);
+        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?.into());
     }
     let mut decoder = Decoder::new(&model.config, weights, &Device::Cpu)?;
     let mut deltas = adapter.clone();

@@ -24,7 +24,7 @@ template <class K, class T, int M> __device__ __forceinline__ void forward(const
   if (row >= args.n) return;
   const unsigned char* blocks = args.blocks + row * (k / K::len) * K::bytes;
   float sum[M] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t i = threadIdx.x % 32 * 8; i < k; i += 256) {
     float w[8];
     int place = (int)(i % K::len);

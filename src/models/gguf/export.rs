@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::View;
 
 use super::compare::same_tokens;
+use super::order::blocks_in_file_order;
 use super::writer::{Pairs, TensorInfo, Writer};
 use super::{file_name, in_file_order, metadata, vocabulary, with_container};
 use crate::backend::custom_ops::dequantize;
@@ -195,9 +196,7 @@ fn carry(path: &Path, pairs: &mut Pairs) -> Result<()> {
 fn stored(config: &ModelConfig, name: &str, weight: BaseWeight, dtype: GgmlDType) -> Result<Vec<u8>> {
     let tensor = match weight {
         BaseWeight::Quantized(blocks) if blocks.kind().ggml() == Some(dtype) => {
-            let rows = Tensor::arange(0_u32, blocks.dims()[0] as u32, &Device::Cpu)?;
-            let order = in_file_order(config, name, &rows)?.to_vec1()?;
-            return block_bytes(&blocks.permute_rows(&order)?);
+            return block_bytes(&blocks_in_file_order(config, name, &blocks)?);
         }
         BaseWeight::Quantized(blocks) => dequantize(&blocks, DType::F32)?,
         BaseWeight::Dense(parameter) => parameter.value,

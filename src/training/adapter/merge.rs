@@ -3,13 +3,14 @@
 use candle_core::Tensor;
 
 use super::Module;
+use crate::backend::custom_ops::dora;
 use crate::{Error, Result};
 
 impl Module {
     /// `W + s (A B)ᵀ` of a weight `[n, k]`, f32; with DoRA each row of that, divided by its length, times its magnitude.
     ///
     /// # Errors
-    /// Sizes that differ; with DoRA a row of zeros, which has no direction.
+    /// Sizes that differ.
     pub fn merge(&self, weight: &Tensor) -> Result<Tensor> {
         let (k, n) = self.sizes();
         if weight.dims() != [n, k] {
@@ -19,13 +20,8 @@ impl Module {
         let delta = (self.b.t()?.matmul(&self.a.t()?)? * self.scaling)?;
         let sum = (weight + delta)?;
         let Some(magnitude) = &self.magnitude else { return Ok(sum) };
-        let lengths = sum.sqr()?.sum_keepdim(1)?.sqrt()?;
-        let zeros = lengths.flatten_all()?.to_vec1::<f32>()?.into_iter().filter(|length| *length == 0.0).count();
-        if zeros > 0 {
-            let problem =
-                format!("{zeros} of {n} rows of its weight are zeros, and DoRA's magnitudes cannot scale those");
-            return Err(Error::setting("adapter", problem));
-        }
+        // A row of zeros has no direction and stays what it is, as where the decoder runs it.
+        let lengths = sum.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(dora::SHORTEST)?;
         let factors = (magnitude.unsqueeze(1)? / lengths)?;
         Ok(sum.broadcast_mul(&factors)?)
     }
@@ -77,9 +73,13 @@ mod tests {
     fn what_cannot_be_merged_is_refused() {
         let error = module(None).merge(&Tensor::new(&WEIGHT, &Device::Cpu).unwrap().t().unwrap()).unwrap_err();
         assert!(error.to_string().contains("from 4 to 3") && error.to_string().contains("[4, 3]"), "{error}");
+    }
+
+    #[test]
+    fn a_row_of_zeros_stays_one() {
         let mut dora = module(Some([1.0; 3]));
         dora.scaling = 0.0;
-        let error = dora.merge(&Tensor::zeros((3, 4), candle_core::DType::F32, &Device::Cpu).unwrap()).unwrap_err();
-        assert!(error.to_string().contains("3 of 3 rows"), "{error}");
+        let merged = dora.merge(&Tensor::zeros((3, 4), candle_core::DType::F32, &Device::Cpu).unwrap()).unwrap();
+        assert_eq!(merged.to_vec2::<f32>().unwrap(), [[0.0; 4]; 3]);
     }
 }

@@ -39,7 +39,8 @@ pub fn dequantize(model: &ModelFiles, adapter: Option<&AdapterFile>, output: &Pa
         return Err(Error::file(model.path(), problem));
     }
     let source = model.folder()?;
-    if weights::kinds(source, &model.config)?.is_empty() {
+    let packed = weights::kinds(source, &model.config)?;
+    if packed.is_empty() {
         return Err(Error::file(source, "is not quantized; leave --dequantize out"));
     }
     if let Some(adapter) = adapter {
@@ -83,7 +84,8 @@ pub fn dequantize(model: &ModelFiles, adapter: Option<&AdapterFile>, output: &Pa
         let difference = difference(&wanted, &folder_logits(model, folder)?, MOST, output)?;
         // Last, so that a folder that was left half written is no model.
         write_json(&folder.join(CONFIG), &config)?;
-        Ok(Fused { left_out, difference, rounding: None, notes: Vec::new() })
+        let note = format!("{} quantized weights became {}", packed.len(), dtype.as_str());
+        Ok(Fused { left_out, difference, rounding: None, notes: vec![note] })
     })
 }
 

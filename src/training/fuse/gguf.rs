@@ -39,7 +39,8 @@ pub fn export_gguf(model: &ModelFiles, adapter: Option<&AdapterFile>, to: FileTy
         })?;
         let (config, tokenizer) = gguf::open(at)?;
         plan.check_tokens(&tokenizer).map_err(|problem| Error::file(output, problem))?;
-        let weights = gguf::load(at, &config, &Holding::dense(DType::F32), &Device::Cpu)?;
+        let holding = Holding { dtype: DType::F32, kinds: gguf::kinds(at, &config)? };
+        let weights = gguf::load(at, &config, &holding, &Device::Cpu)?;
         let found = logits(&Decoder::new(&config, weights, &Device::Cpu)?)?;
         difference(&wanted, &found, most, output)
     })?;
