@@ -91,7 +91,7 @@ for adapter in "$work"/adapters/*; do
 done
 
 echo "== fused models"
-for name in trained patterns saved mlx-last; do
+for name in trained patterns saved mlx-last trained-dora trained-pissa saved-head saved-embedding; do
   candle fuse --model "$model" --adapter "$work/adapters/$name" --output "$work/fused/$name" | tail -1
   peft peft-logits "$work/fused/$name" "$work/fused-peft"
   mlx mlx-logits "$work/fused/$name" "$work/fused-mlx"

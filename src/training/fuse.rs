@@ -10,7 +10,6 @@ mod gguf;
 mod rounding;
 mod shards;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -19,9 +18,10 @@ use candle_core::{DType, Device, Tensor};
 use super::adapter::{AdapterFile, Module};
 use super::files::replace_folder;
 use crate::backend::quantized::Quantize;
+use crate::models::config::read_json;
 use crate::models::decoder::{Batch, Decoder};
 use crate::models::linear::BaseWeight;
-use crate::models::{Holding, ModelFiles, weights};
+use crate::models::{Holding, ModelConfig, ModelFiles, weights};
 use crate::{Error, Result};
 pub use dense::dequantize;
 pub use gguf::export_gguf;
@@ -51,6 +51,9 @@ const MOST_QUANTIZED: f64 = 1.0;
 const TOKENS: u32 = 32;
 
 const CONFIG: &str = "config.json";
+const INDEX: &str = "model.safetensors.index.json";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// Writes the model with the adapter in its weights. Shards, dtypes and everything else stay as they are. The folder is written
 /// beside and renamed when the model in it has been tried; one that was there is replaced.
@@ -61,20 +64,40 @@ const CONFIG: &str = "config.json";
 pub fn fuse(model: &ModelFiles, adapter: &AdapterFile, output: &Path) -> Result<Fused> {
     check_base(model)?;
     let source = model.folder()?;
-    check_adapter(model, adapter)?;
+    adapter.check_fits(&model.config)?;
     let shards = weights::files(source)?;
     shards::check_dtypes(&shards, adapter)?;
     let wanted = wanted_logits(model, Some(adapter))?;
+    let untied = !tied(model, adapter).is_empty();
     write_folder(output, |folder| {
         let left_out = copy_files(source, &shards, folder)?;
         for shard in &shards {
-            shards::write(shard, adapter, &beside(folder, shard))?;
+            shards::write(shard, adapter, untied, &beside(folder, shard))?;
         }
-        let difference = difference(&wanted, &folder_logits(model, folder)?, MOST, output)?;
+        let config =
+            ModelConfig { tie_word_embeddings: model.config.tie_word_embeddings && !untied, ..model.config.clone() };
+        if untied {
+            shards::add_to_index(folder, EMBEDDING, HEAD)?;
+        }
+        let difference = difference(&wanted, &folder_logits(&config, folder)?, MOST, output)?;
         // Last, so that a folder that was left half written is no model.
-        copy(&source.join(CONFIG), &folder.join(CONFIG))?;
-        Ok(Fused { left_out, difference, rounding: None, notes: Vec::new() })
+        let mut notes = Vec::new();
+        if untied {
+            let mut json = read_json(&source.join(CONFIG))?;
+            json["tie_word_embeddings"] = false.into();
+            write_json(&folder.join(CONFIG), &json)?;
+            notes.push("embedding and output projection, which were one tensor, are two now".to_string());
+        } else {
+            copy(&source.join(CONFIG), &folder.join(CONFIG))?;
+        }
+        Ok(Fused { left_out, difference, rounding: None, notes })
     })
+}
+
+/// The adapter's whole tensors that the model has as one: with them embedding and output projection are two.
+fn tied<'a>(model: &ModelFiles, adapter: &'a AdapterFile) -> Vec<&'a str> {
+    let names = adapter.saved.keys().map(String::as_str);
+    names.filter(|name| model.config.tie_word_embeddings && [EMBEDDING, HEAD].contains(name)).collect()
 }
 
 /// Refuses a base that [`fuse`] does not take, with the ways that there are.
@@ -92,6 +115,11 @@ pub fn check_base(model: &ModelFiles) -> Result<()> {
          again, or keep the adapter apart: --adapter-path with generate and chat, `convert --to gguf` for llama.cpp"
     );
     Err(Error::file(model.path(), problem))
+}
+
+fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::file(path, error.to_string()))?;
+    fs::write(path, text + "\n").map_err(Error::io(path))
 }
 
 /// As [`replace_folder`], with what `write` returns.
@@ -114,50 +142,31 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses an adapter that does not fit, and whole tensors that have no place of their own in the model.
+/// Refuses an adapter that does not fit, and one after which embedding and output projection are no longer one tensor.
 fn check_adapter(model: &ModelFiles, adapter: &AdapterFile) -> Result<()> {
     adapter.check_fits(&model.config)?;
-    let mut problems = Vec::new();
-    let shapes: BTreeMap<String, Vec<usize>> = model.config.weight_shapes().into_iter().collect();
-    for (name, tensor) in &adapter.saved {
-        match shapes.get(name) {
-            // PEFT trains one side of a tied embedding; a fused model has one tensor for both.
-            Some(_) if model.config.tie_word_embeddings && name == "model.embed_tokens.weight" => {
-                problems.push(format!("{name}, whose tie to the output projection it breaks"));
-            }
-            Some(shape) if shape != tensor.dims() => {
-                problems.push(format!("{name} as {:?}, which is {shape:?} in the model", tensor.dims()));
-            }
-            Some(_) => {}
-            None => problems.push(format!("{name}, which the model does not have")),
-        }
-    }
-    if problems.is_empty() {
+    let tied = tied(model, adapter);
+    if tied.is_empty() {
         return Ok(());
     }
-    Err(Error::setting("adapter", format!("cannot be fused: it has {}", problems.join("; "))))
+    let advice = "whose tie to the other end it breaks; fuse into a folder first, and take that as --model";
+    Err(Error::setting("adapter", format!("it has {}, {advice}", tied.join(" and "))))
 }
 
 /// The logits of the model with the adapter on it. What is quantized stays so in memory: products with it are as exact.
 fn wanted_logits(model: &ModelFiles, adapter: Option<&AdapterFile>) -> Result<Vec<f32>> {
     let holding = model.holding(Quantize::Auto, DType::F32, &Device::Cpu)?;
-    let mut weights = model.base(&holding, &Device::Cpu)?;
-    let Some(adapter) = adapter else { return logits(&Decoder::new(&model.config, weights, &Device::Cpu)?) };
-    for (name, tensor) in &adapter.saved {
-        weights.insert(name.clone(), tensor.to_dtype(DType::F32)?.into());
+    let mut decoder = Decoder::new(&model.config, model.base(&holding, &Device::Cpu)?, &Device::Cpu)?;
+    if let Some(adapter) = adapter {
+        adapter.attach(&mut decoder, &Device::Cpu)?;
     }
-    let mut decoder = Decoder::new(&model.config, weights, &Device::Cpu)?;
-    let mut deltas = adapter.clone();
-    // The whole tensors are in the decoder already.
-    deltas.saved.clear();
-    deltas.attach(&mut decoder, &Device::Cpu)?;
     logits(&decoder)
 }
 
 /// The logits of the weights in a folder.
-fn folder_logits(model: &ModelFiles, folder: &Path) -> Result<Vec<f32>> {
-    let weights = weights::load(folder, &model.config, &Holding::dense(DType::F32), &Device::Cpu)?;
-    logits(&Decoder::new(&model.config, weights, &Device::Cpu)?)
+fn folder_logits(config: &ModelConfig, folder: &Path) -> Result<Vec<f32>> {
+    let weights = weights::load(folder, config, &Holding::dense(DType::F32), &Device::Cpu)?;
+    logits(&Decoder::new(config, weights, &Device::Cpu)?)
 }
 
 fn logits(decoder: &Decoder) -> Result<Vec<f32>> {

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -11,8 +10,8 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 
 use super::{
-    CONFIG, Change, Fused, MOST, beside, change, check_adapter, copy_files, difference, folder_logits, merged, values,
-    wanted_logits, write_folder,
+    CONFIG, Change, Fused, INDEX, MOST, beside, change, check_adapter, copy_files, difference, folder_logits, merged,
+    values, wanted_logits, write_folder, write_json,
 };
 use crate::models::config::read_json;
 use crate::models::weights::{self, Reader};
@@ -20,8 +19,6 @@ use crate::models::{Holding, ModelFiles};
 use crate::training::adapter::AdapterFile;
 use crate::training::files::allow_reading;
 use crate::{Error, Result};
-
-const INDEX: &str = "model.safetensors.index.json";
 
 /// What `config.json` says of quantized weights.
 const QUANTIZATION: [&str; 2] = ["quantization", "quantization_config"];
@@ -81,7 +78,7 @@ pub fn dequantize(model: &ModelFiles, adapter: Option<&AdapterFile>, output: &Pa
         if source.join(INDEX).exists() {
             write_json(&folder.join(INDEX), &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
         }
-        let difference = difference(&wanted, &folder_logits(model, folder)?, MOST, output)?;
+        let difference = difference(&wanted, &folder_logits(&model.config, folder)?, MOST, output)?;
         // Last, so that a folder that was left half written is no model.
         write_json(&folder.join(CONFIG), &config)?;
         let note = format!("{} quantized weights became {}", packed.len(), dtype.as_str());
@@ -113,11 +110,6 @@ fn weights_by_file(source: &Path, shards: &[PathBuf], names: &[String]) -> Resul
         files.entry(source.join(file)).or_default().push(name.clone());
     }
     Ok(files)
-}
-
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::file(path, error.to_string()))?;
-    fs::write(path, text + "\n").map_err(Error::io(path))
 }
 
 /// A weight that is read, changed and rounded as it is written.

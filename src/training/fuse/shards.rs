@@ -11,7 +11,8 @@ use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, View};
 
-use super::{Change, change, copy, merged};
+use super::{Change, EMBEDDING, HEAD, INDEX, change, copy, merged, write_json};
+use crate::models::config::read_json;
 use crate::training::adapter::AdapterFile;
 use crate::training::files::allow_reading;
 use crate::{Error, Result};
@@ -50,18 +51,28 @@ pub fn check_dtypes(shards: &[PathBuf], adapter: &AdapterFile) -> Result<()> {
     Err(Error::setting("--model", problem))
 }
 
-/// Writes a file with the adapter in its tensors.
-pub fn write(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
+/// Writes a file with the adapter in its tensors; `untied` puts an output projection beside the embedding.
+pub fn write(shard: &Path, adapter: &AdapterFile, untied: bool, to: &Path) -> Result<()> {
     let map = map(shard)?;
     let tensors = tensors(shard, &map)?;
-    if !tensors.names().into_iter().any(|name| change(adapter, name).is_some()) {
+    let head = match tensors.tensor(EMBEDDING) {
+        // Some files have the tied tensor twice.
+        Ok(embedding) if untied && tensors.tensor(HEAD).is_err() => Some((head(&embedding, adapter)?, embedding)),
+        _ => None,
+    };
+    if head.is_none() && !tensors.names().into_iter().any(|name| change(adapter, name).is_some()) {
         return copy(shard, to);
     }
     let failed = Mutex::new(None);
-    let all = tensors.iter().map(|(name, view)| {
-        let change = change(adapter, name);
-        (name, Weight { name, view, change, failed: &failed })
-    });
+    let mut all: Vec<(&str, Weight)> = Vec::new();
+    for (name, view) in tensors.iter() {
+        all.push((name, Weight { name, view, change: change(adapter, name), failed: &failed }));
+    }
+    if let Some((bytes, embedding)) = &head {
+        let view = TensorView::new(embedding.dtype(), embedding.shape().to_vec(), bytes);
+        let view = view.map_err(|error| Error::file(to, format!("cannot be written: {error}")))?;
+        all.push((HEAD, Weight { name: HEAD, view, change: None, failed: &failed }));
+    }
     safetensors::serialize_to_file(all, header(shard, &map)?, to)
         .map_err(|error| Error::file(to, format!("cannot be written: {error}")))?;
     allow_reading(to)?;
@@ -69,6 +80,36 @@ pub fn write(shard: &Path, adapter: &AdapterFile, to: &Path) -> Result<()> {
         None => Ok(()),
         Some(error) => Err(error),
     }
+}
+
+/// The bytes of an output projection that is no longer the embedding: what was trained, or the embedding as it was.
+fn head(embedding: &TensorView, adapter: &AdapterFile) -> Result<Vec<u8>> {
+    match adapter.saved.get(HEAD) {
+        Some(tensor) => Ok(changed(HEAD, embedding, Change::Replace(tensor))?.data().into_owned()),
+        None => Ok(embedding.data().to_vec()),
+    }
+}
+
+/// Says in a folder's index, if there is one, that a tensor of the same size lies beside another.
+pub fn add_to_index(folder: &Path, beside: &str, name: &str) -> Result<()> {
+    let path = folder.join(INDEX);
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut index = read_json(&path)?;
+    let Some(file) = index["weight_map"].get(beside).cloned() else {
+        return Err(Error::file(&path, format!("does not say which file has {beside}")));
+    };
+    let shard = folder.join(file.as_str().unwrap_or_default());
+    let map = map(&shard)?;
+    let size = tensors(&shard, &map)?.tensor(name).map_or(0, |view| view.data().len());
+    if index["weight_map"].get(name).is_none() {
+        index["weight_map"][name] = file;
+        if let Some(total) = index["metadata"]["total_size"].as_u64() {
+            index["metadata"]["total_size"] = (total + size as u64).into();
+        }
+    }
+    write_json(&path, &index)
 }
 
 /// A tensor of the model that is made as it is written.
