@@ -114,6 +114,8 @@ impl ChatTemplate {
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
+    // Its errors print the variables, which are the user's conversation.
+    environment.set_debug(false);
     environment.set_formatter(|out, state, value| {
         bounded::bounded(state, value)?;
         minijinja::escape_formatter(out, state, value)

@@ -13,12 +13,12 @@ use std::sync::LazyLock;
 
 use minijinja::machinery::ast::{BinOpKind, CallArg, Expr, Stmt};
 use minijinja::machinery::{Instruction, Instructions};
-use minijinja::value::{Value, ValueKind, ValueOrKwargs};
+use minijinja::value::{ObjectRepr, Value, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 /// Lists and maps within each other, values in all and bytes of text that a value may have.
 const DEEPEST: usize = 100;
-const MOST: usize = 200_000;
+const MOST: usize = 50_000;
 pub(super) const TEXT: usize = 16 << 20;
 
 /// Values that are visited for one unit of fuel, which is what an instruction costs.
@@ -35,9 +35,8 @@ pub(super) fn install(environment: &mut Environment) {
     environment.add_test(ASSIGNABLE, |state: &mut State, value: Value, target: Value| -> Result<bool, Error> {
         let mut weight = Weight::default();
         weight.add(&value, 1)?;
-        if is_namespace(&target) {
-            weight.add(&target, 0)?;
-        }
+        // Anything but a namespace is refused by the assignment itself.
+        weight.add(&target, 0)?;
         weight.pay(state).map(|()| true)
     });
     // It prints every variable at once.
@@ -70,22 +69,18 @@ impl Weight {
                 "a value is over {DEEPEST} deep, or has over {MOST} parts or {TEXT} bytes, which chat templates may not build"
             )));
         }
-        if depth > 0 && is_namespace(value) {
+        let Some(object) = value.as_object() else { return Ok(()) };
+        if depth > 0 && Some(object.type_name()) == *NAMESPACE {
             return Err(problem("a namespace is put into another value, which chat templates may not do".to_string()));
         }
-        let keyed = match value.kind() {
-            ValueKind::Map => true,
-            ValueKind::Seq | ValueKind::Iterable => false,
-            _ => return Ok(()),
-        };
-        let Ok(parts) = value.try_iter() else { return Ok(()) };
-        for part in parts {
-            self.add(&part, depth + 1)?;
-            if keyed {
-                self.add(&value.get_item(&part).unwrap_or_default(), depth + 1)?;
-            }
+        if object.repr() == ObjectRepr::Map {
+            object.try_iter_pairs().into_iter().flatten().try_for_each(|(key, value)| {
+                self.add(&key, depth + 1)?;
+                self.add(&value, depth + 1)
+            })
+        } else {
+            object.try_iter().into_iter().flatten().try_for_each(|part| self.add(&part, depth + 1))
         }
-        Ok(())
     }
 
     fn pay(&self, state: &State) -> Result<(), Error> {
@@ -93,13 +88,11 @@ impl Weight {
     }
 }
 
-fn is_namespace(value: &Value) -> bool {
-    static NAME: LazyLock<Option<&str>> = LazyLock::new(|| {
-        let one = minijinja::functions::namespace(None).ok()?;
-        one.as_object().map(|object| object.type_name())
-    });
-    value.as_object().is_some_and(|object| Some(object.type_name()) == *NAME)
-}
+/// What minijinja calls a namespace's type, which is private.
+static NAMESPACE: LazyLock<Option<&str>> = LazyLock::new(|| {
+    let one = minijinja::functions::namespace(None).ok()?;
+    one.as_object().map(|object| object.type_name())
+});
 
 fn problem(problem: String) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem)
