@@ -129,14 +129,7 @@ fn comparisons_run_out_of_fuel() {
         let [a, b] = ["a", "b"].map(|name| format!("{{% set {name} = [range(40000) | list, []] %}}"));
         format!("{a}{b}{{% for i in range(40000) %}}{{{{ {compare} }}}}{{% endfor %}}")
     };
-    for compare in [
-        "a == b",
-        "1 if a is eq(b) else 0",
-        "a < b < a",
-        "b in [a, 1]",
-        "[a].count(b)",
-        "[a, 1] | select('eq', b) | length",
-    ] {
+    for compare in ["a < b < a", "b in [a, 1]", "[a, 1] | select('eq', b) | length"] {
         let template = ChatTemplate::new(&source(compare), "", "").unwrap();
         let error = template.render(&[], None, false).unwrap_err().to_string();
         assert!(error.contains("fuel"), "{compare}: {error}");
