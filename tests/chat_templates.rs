@@ -106,6 +106,9 @@ fn hostile_templates_end() {
         ("{% set ns = namespace() %}{% for x in [1] %}{{ x | attr(ns) }}{{ {1: ns} }}{% endfor %}", held),
         ("{% set ns = namespace(a=range(20000)) %}{% set ns.b = range(20000) %}{% set ns.c = range(20000) %}", many),
         ("{{ debug() }}", "debug is unknown"),
+        (&format!("{{{{ {}1 }}}}", "not ".repeat(50_000)), "1000 operators"),
+        (&format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000)), "1000 operators"),
+        (&format!("{{{{ a{} }}}}", " ~ 1".repeat(60_000)), "1000 operators"),
         (&"x".repeat(300_000), "300000 bytes"),
     ];
     let tools = serde_json::json!([]);
@@ -114,11 +117,6 @@ fn hostile_templates_end() {
     for (source, problem) in hostile {
         let error = run(source).unwrap_err().to_string();
         assert!(error.contains(problem), "{:.120}: {error}", source);
-    }
-    // Deep, and harmless: the stack takes them.
-    for source in [format!("{{{{ {}1 }}}}", "not ".repeat(50_000)), format!("{{{{ 'x'{} }}}}", "|upper".repeat(40_000))]
-    {
-        run(&source).unwrap();
     }
 }
 

@@ -77,7 +77,7 @@ impl ChatTemplate {
     fn instructions(&self) -> Result<Instructions<'_>, minijinja::Error> {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
         let parsed = machinery::parse(&self.source, NAME, syntax)?;
-        bounded::literals(&parsed)?;
+        bounded::compilable(&parsed)?;
         let mut code = CodeGenerator::new(NAME, &self.source);
         code.compile_stmt(&parsed);
         Ok(bounded::guarded(&code.finish().0))
