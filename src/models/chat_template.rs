@@ -2,7 +2,7 @@
 //! methods, `raise_exception`, `strftime_now`, `tojson` without HTML escapes.
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
-//! the values that it builds are limited ([`bounded`]), and it is parsed and run on a stack of its own, since the engine follows
+//! the values that it builds are limited (`bounded.rs`), and it is parsed and run on a stack of its own, since the engine follows
 //! nesting by recursion.
 
 mod bounded;
