@@ -91,8 +91,9 @@ fn hostile_templates_end() {
         (&grown("[ns.x, ns.x]", 60, "{{ ns.x | join('-') }}"), many),
         (&grown("ns.x + ns.x + [1]", 60, ""), many),
         (&grown("([ns.x] | list) * 2", 60, "{{ ns.x in 'x' }}"), many),
-        (&grown("ns.x ~ ns.x", 60, ""), "16777216 bytes"),
-        (&format!("{{% set a = '0123' %}}{}", "{% set a = a ~ a %}".repeat(60)), "fuel"),
+        (&grown("ns.x ~ ns.x", 60, ""), "4194304 bytes"),
+        (&format!("{{% set a = '0123' %}}{}", "{% set a = a ~ a %}".repeat(60)), "4194304 bytes"),
+        ("{{ ('x' * 100000000).split('x') | length }}", "4194304 bytes"),
         (&doubled("{{ a | string }}"), many),
         (&doubled("{{ a < [a] }}"), many),
         (recursive, many),
@@ -125,9 +126,11 @@ fn hostile_templates_end() {
 fn comparisons_run_out_of_fuel() {
     let source = |compare: &str| {
         let [a, b] = ["a", "b"].map(|name| format!("{{% set {name} = [range(40000) | list, []] %}}"));
-        format!("{a}{b}{{% for i in range(40000) %}}{{{{ {compare} }}}}{{% endfor %}}")
+        let text = "{% set text = 'x' * 4000000 %}";
+        format!("{text}{a}{b}{{% for i in range(40000) %}}{{{{ {compare} }}}}{{% endfor %}}")
     };
-    for compare in ["a < b < a", "b in [a, 1]", "[a, 1] | select('eq', b) | length"] {
+    for compare in ["a < b < a", "b in [a, 1]", "[a, 1] | select('eq', b) | length", "text is lower", "[text] < [text]"]
+    {
         let template = ChatTemplate::new(&source(compare), "", "").unwrap();
         let error = template.render(&[], None, false).unwrap_err().to_string();
         assert!(error.contains("fuel"), "{compare}: {error}");

@@ -16,16 +16,20 @@ use minijinja::machinery::{Instruction, Instructions};
 use minijinja::value::{ObjectRepr, Value, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-/// Lists and maps within each other, values in all and bytes of text that a value may have.
+/// Lists and maps within each other, values in all and bytes of text that a value may have; bytes of a string.
 const DEEPEST: usize = 100;
 const MOST: usize = 50_000;
 pub(super) const TEXT: usize = 16 << 20;
+const STRING: usize = 4 << 20;
 
 /// Operators within each other in an expression.
 const NESTED: usize = 1000;
 
-/// Values that are visited for one unit of fuel, which is what an instruction costs.
-const VISITED_FOR_FUEL: usize = 16;
+/// What is visited for one unit of fuel, which is what an instruction costs: values, bytes of text within them, which are only compared,
+/// and bytes of a string, which tests look at one by one.
+const VALUES_FOR_FUEL: usize = 16;
+const TEXT_FOR_FUEL: usize = 4096;
+const STRING_FOR_FUEL: usize = 256;
 
 const BOUNDED: &str = "bounded";
 const ASSIGNABLE: &str = "assignable";
@@ -48,6 +52,12 @@ pub(super) fn install(environment: &mut Environment) {
 
 /// Refuses a value that is too deep or too large.
 pub(super) fn bounded(state: &State, value: &Value) -> Result<(), Error> {
+    if let Some(text) = value.as_str() {
+        if text.len() > STRING {
+            return Err(problem(format!("a string has over {STRING} bytes, which chat templates may not build")));
+        }
+        return state.consume_fuel((text.len() / STRING_FOR_FUEL) as u64);
+    }
     if value.as_object().is_none() {
         return Ok(());
     }
@@ -87,7 +97,7 @@ impl Weight {
     }
 
     fn pay(&self, state: &State) -> Result<(), Error> {
-        state.consume_fuel((self.parts / VISITED_FOR_FUEL) as u64)
+        state.consume_fuel((self.parts / VALUES_FOR_FUEL + self.text / TEXT_FOR_FUEL) as u64)
     }
 }
 
@@ -139,10 +149,12 @@ fn around<'source>(
     // Leaves the stack as it was.
     let test = || vec![DupTop, PerformTest(BOUNDED, Some(1), !0), DiscardTop];
     match instruction {
-        BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | CallFunction(..) | CallObject(_) => (vec![], test()),
+        BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | StringConcat | CallFunction(..) | CallObject(_) => {
+            (vec![], test())
+        }
         ApplyFilter(..) | CallMethod(..) => (test(), test()),
         // What a comparison visits is at most what either side has.
-        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) => (test(), vec![]),
+        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) | GetItem => (test(), vec![]),
         // The target of an assignment; the value lies on the stack.
         Lookup(name) if matches!(next, Some(SetAttr(_))) => {
             (vec![DupTop, Lookup(name), PerformTest(ASSIGNABLE, Some(2), !0), DiscardTop], vec![])
