@@ -2,7 +2,7 @@
 //! methods, `raise_exception`, `strftime_now`, `tojson` without HTML escapes.
 //!
 //! A template comes with a model and is not trusted: it has no loader, so it reads no file; its source, the fuel that it runs on and
-//! the values that it builds are limited ([`bounded`]), and it is parsed and run on a stack of its own, since the engine follows
+//! the values that it builds are limited (`bounded.rs`), and it is parsed and run on a stack of its own, since the engine follows
 //! nesting by recursion.
 
 mod bounded;
@@ -77,7 +77,7 @@ impl ChatTemplate {
     fn instructions(&self) -> Result<Instructions<'_>, minijinja::Error> {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
         let parsed = machinery::parse(&self.source, NAME, syntax)?;
-        bounded::literals(&parsed)?;
+        bounded::compilable(&parsed)?;
         let mut code = CodeGenerator::new(NAME, &self.source);
         code.compile_stmt(&parsed);
         Ok(bounded::guarded(&code.finish().0))
@@ -114,6 +114,8 @@ impl ChatTemplate {
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
+    // Its errors print the variables, which are the user's conversation.
+    environment.set_debug(false);
     environment.set_formatter(|out, state, value| {
         bounded::bounded(state, value)?;
         minijinja::escape_formatter(out, state, value)

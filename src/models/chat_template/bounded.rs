@@ -13,16 +13,23 @@ use std::sync::LazyLock;
 
 use minijinja::machinery::ast::{BinOpKind, CallArg, Expr, Stmt};
 use minijinja::machinery::{Instruction, Instructions};
-use minijinja::value::{Value, ValueKind, ValueOrKwargs};
+use minijinja::value::{ObjectRepr, Value, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-/// Lists and maps within each other, values in all and bytes of text that a value may have.
+/// Lists and maps within each other, values in all and bytes of text that a value may have; bytes of a string.
 const DEEPEST: usize = 100;
-const MOST: usize = 200_000;
+const MOST: usize = 50_000;
 pub(super) const TEXT: usize = 16 << 20;
+const STRING: usize = 4 << 20;
 
-/// Values that are visited for one unit of fuel, which is what an instruction costs.
-const VISITED_FOR_FUEL: usize = 16;
+/// Operators within each other in an expression.
+const NESTED: usize = 1000;
+
+/// What is visited for one unit of fuel, which is what an instruction costs: values, bytes of text within them, which are only compared,
+/// and bytes of a string, which tests look at one by one.
+const VALUES_FOR_FUEL: usize = 16;
+const TEXT_FOR_FUEL: usize = 4096;
+const STRING_FOR_FUEL: usize = 256;
 
 const BOUNDED: &str = "bounded";
 const ASSIGNABLE: &str = "assignable";
@@ -35,9 +42,8 @@ pub(super) fn install(environment: &mut Environment) {
     environment.add_test(ASSIGNABLE, |state: &mut State, value: Value, target: Value| -> Result<bool, Error> {
         let mut weight = Weight::default();
         weight.add(&value, 1)?;
-        if is_namespace(&target) {
-            weight.add(&target, 0)?;
-        }
+        // Anything but a namespace is refused by the assignment itself.
+        weight.add(&target, 0)?;
         weight.pay(state).map(|()| true)
     });
     // It prints every variable at once.
@@ -46,6 +52,12 @@ pub(super) fn install(environment: &mut Environment) {
 
 /// Refuses a value that is too deep or too large.
 pub(super) fn bounded(state: &State, value: &Value) -> Result<(), Error> {
+    if let Some(text) = value.as_str() {
+        if text.len() > STRING {
+            return Err(problem(format!("a string has over {STRING} bytes, which chat templates may not build")));
+        }
+        return state.consume_fuel((text.len() / STRING_FOR_FUEL) as u64);
+    }
     if value.as_object().is_none() {
         return Ok(());
     }
@@ -70,36 +82,30 @@ impl Weight {
                 "a value is over {DEEPEST} deep, or has over {MOST} parts or {TEXT} bytes, which chat templates may not build"
             )));
         }
-        if depth > 0 && is_namespace(value) {
+        let Some(object) = value.as_object() else { return Ok(()) };
+        if depth > 0 && Some(object.type_name()) == *NAMESPACE {
             return Err(problem("a namespace is put into another value, which chat templates may not do".to_string()));
         }
-        let keyed = match value.kind() {
-            ValueKind::Map => true,
-            ValueKind::Seq | ValueKind::Iterable => false,
-            _ => return Ok(()),
-        };
-        let Ok(parts) = value.try_iter() else { return Ok(()) };
-        for part in parts {
-            self.add(&part, depth + 1)?;
-            if keyed {
-                self.add(&value.get_item(&part).unwrap_or_default(), depth + 1)?;
-            }
+        if object.repr() == ObjectRepr::Map {
+            object.try_iter_pairs().into_iter().flatten().try_for_each(|(key, value)| {
+                self.add(&key, depth + 1)?;
+                self.add(&value, depth + 1)
+            })
+        } else {
+            object.try_iter().into_iter().flatten().try_for_each(|part| self.add(&part, depth + 1))
         }
-        Ok(())
     }
 
     fn pay(&self, state: &State) -> Result<(), Error> {
-        state.consume_fuel((self.parts / VISITED_FOR_FUEL) as u64)
+        state.consume_fuel((self.parts / VALUES_FOR_FUEL + self.text / TEXT_FOR_FUEL) as u64)
     }
 }
 
-fn is_namespace(value: &Value) -> bool {
-    static NAME: LazyLock<Option<&str>> = LazyLock::new(|| {
-        let one = minijinja::functions::namespace(None).ok()?;
-        one.as_object().map(|object| object.type_name())
-    });
-    value.as_object().is_some_and(|object| Some(object.type_name()) == *NAME)
-}
+/// What minijinja calls a namespace's type, which is private.
+static NAMESPACE: LazyLock<Option<&str>> = LazyLock::new(|| {
+    let one = minijinja::functions::namespace(None).ok()?;
+    one.as_object().map(|object| object.type_name())
+});
 
 fn problem(problem: String) -> Error {
     Error::new(ErrorKind::InvalidOperation, problem)
@@ -143,10 +149,12 @@ fn around<'source>(
     // Leaves the stack as it was.
     let test = || vec![DupTop, PerformTest(BOUNDED, Some(1), !0), DiscardTop];
     match instruction {
-        BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | CallFunction(..) | CallObject(_) => (vec![], test()),
+        BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | StringConcat | CallFunction(..) | CallObject(_) => {
+            (vec![], test())
+        }
         ApplyFilter(..) | CallMethod(..) => (test(), test()),
         // What a comparison visits is at most what either side has.
-        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) => (test(), vec![]),
+        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) | GetItem => (test(), vec![]),
         // The target of an assignment; the value lies on the stack.
         Lookup(name) if matches!(next, Some(SetAttr(_))) => {
             (vec![DupTop, Lookup(name), PerformTest(ASSIGNABLE, Some(2), !0), DiscardTop], vec![])
@@ -169,80 +177,86 @@ fn target<'a>(instruction: &'a mut Instruction) -> Option<&'a mut u32> {
     }
 }
 
-/// Refuses `[0] * 100000000`: the engine computes with constants while it parses, without fuel.
-pub(super) fn literals(statement: &Stmt) -> Result<(), Error> {
+/// Refuses what would keep the engine at compiling, which takes no fuel: `[0] * 100000000`, since it computes with constants, and long
+/// chains of operators, since it looks for constants anew in each part of one.
+pub(super) fn compilable(statement: &Stmt) -> Result<(), Error> {
     match statement {
         Stmt::Template(template) => block(&template.children),
-        Stmt::EmitExpr(emit) => expression(&emit.expr),
+        Stmt::EmitExpr(emit) => expression(&emit.expr, 0),
         Stmt::EmitRaw(_) | Stmt::Continue(_) | Stmt::Break(_) => Ok(()),
         Stmt::ForLoop(each) => {
-            expressions([&each.iter].into_iter().chain(&each.filter_expr))?;
+            expressions([&each.iter].into_iter().chain(&each.filter_expr), 0)?;
             block(each.body.iter().chain(&each.else_body))
         }
         Stmt::IfCond(cond) => {
-            expression(&cond.expr)?;
+            expression(&cond.expr, 0)?;
             block(cond.true_body.iter().chain(&cond.false_body))
         }
         Stmt::WithBlock(with) => {
-            expressions(with.assignments.iter().map(|(_, value)| value))?;
+            expressions(with.assignments.iter().map(|(_, value)| value), 0)?;
             block(&with.body)
         }
-        Stmt::Set(set) => expression(&set.expr),
+        Stmt::Set(set) => expression(&set.expr, 0),
         Stmt::SetBlock(set) => {
-            expressions(&set.filter)?;
+            expressions(&set.filter, 0)?;
             block(&set.body)
         }
         Stmt::AutoEscape(escape) => {
-            expression(&escape.enabled)?;
+            expression(&escape.enabled, 0)?;
             block(&escape.body)
         }
         Stmt::FilterBlock(filter) => {
-            expression(&filter.filter)?;
+            expression(&filter.filter, 0)?;
             block(&filter.body)
         }
         Stmt::Macro(each) => {
-            expressions(&each.defaults)?;
+            expressions(&each.defaults, 0)?;
             block(&each.body)
         }
         Stmt::CallBlock(call) => {
-            expression(&call.call.expr)?;
-            arguments(&call.call.args)?;
-            expressions(&call.macro_decl.defaults)?;
+            expression(&call.call.expr, 0)?;
+            arguments(&call.call.args, 0)?;
+            expressions(&call.macro_decl.defaults, 0)?;
             block(&call.macro_decl.body)
         }
         Stmt::Do(call) => {
-            expression(&call.call.expr)?;
-            arguments(&call.call.args)
+            expression(&call.call.expr, 0)?;
+            arguments(&call.call.args, 0)
         }
     }
 }
 
 fn block<'a>(statements: impl IntoIterator<Item = &'a Stmt<'a>>) -> Result<(), Error> {
-    statements.into_iter().try_for_each(literals)
+    statements.into_iter().try_for_each(compilable)
 }
 
-fn expressions<'a>(all: impl IntoIterator<Item = &'a Expr<'a>>) -> Result<(), Error> {
-    all.into_iter().try_for_each(expression)
+fn expressions<'a>(all: impl IntoIterator<Item = &'a Expr<'a>>, depth: usize) -> Result<(), Error> {
+    all.into_iter().try_for_each(|each| expression(each, depth))
 }
 
-fn arguments(all: &[CallArg]) -> Result<(), Error> {
+fn arguments(all: &[CallArg], depth: usize) -> Result<(), Error> {
     all.iter().try_for_each(|argument| match argument {
         CallArg::Pos(value) | CallArg::Kwarg(_, value) | CallArg::PosSplat(value) | CallArg::KwargSplat(value) => {
-            expression(value)
+            expression(value, depth)
         }
     })
 }
 
-fn expression(each: &Expr) -> Result<(), Error> {
+fn expression(each: &Expr, depth: usize) -> Result<(), Error> {
+    if depth > NESTED {
+        let line = each.span().start_line;
+        return Err(problem(format!("an expression has over {NESTED} operators within each other, in line {line}")));
+    }
+    let depth = depth + 1;
     match each {
         Expr::Var(_) | Expr::Const(_) => Ok(()),
         Expr::Slice(slice) => {
-            expression(&slice.expr)?;
-            expressions(slice.start.iter().chain(&slice.stop).chain(&slice.step))
+            expression(&slice.expr, depth)?;
+            expressions(slice.start.iter().chain(&slice.stop).chain(&slice.step), depth)
         }
-        Expr::UnaryOp(unary) => expression(&unary.expr),
+        Expr::UnaryOp(unary) => expression(&unary.expr, depth),
         Expr::BinOp(binary) => {
-            expressions([&binary.left, &binary.right])?;
+            expressions([&binary.left, &binary.right], depth)?;
             let list = |side: &Expr| side.as_const().is_some_and(|value| value.as_object().is_some());
             if matches!(binary.op, BinOpKind::Mul) && (list(&binary.left) || list(&binary.right)) {
                 let line = binary.span().start_line;
@@ -251,26 +265,28 @@ fn expression(each: &Expr) -> Result<(), Error> {
             Ok(())
         }
         Expr::Compare(compare) => {
-            expression(&compare.expr)?;
-            expressions(compare.ops.iter().map(|op| &op.expr))
+            expression(&compare.expr, depth)?;
+            expressions(compare.ops.iter().map(|op| &op.expr), depth)
         }
-        Expr::IfExpr(cond) => expressions([&cond.test_expr, &cond.true_expr].into_iter().chain(&cond.false_expr)),
+        Expr::IfExpr(cond) => {
+            expressions([&cond.test_expr, &cond.true_expr].into_iter().chain(&cond.false_expr), depth)
+        }
         Expr::Filter(filter) => {
-            expressions(&filter.expr)?;
-            arguments(&filter.args)
+            expressions(&filter.expr, depth)?;
+            arguments(&filter.args, depth)
         }
         Expr::Test(test) => {
-            expression(&test.expr)?;
-            arguments(&test.args)
+            expression(&test.expr, depth)?;
+            arguments(&test.args, depth)
         }
-        Expr::GetAttr(get) => expression(&get.expr),
-        Expr::GetItem(get) => expressions([&get.expr, &get.subscript_expr]),
+        Expr::GetAttr(get) => expression(&get.expr, depth),
+        Expr::GetItem(get) => expressions([&get.expr, &get.subscript_expr], depth),
         Expr::Call(call) => {
-            expression(&call.expr)?;
-            arguments(&call.args)
+            expression(&call.expr, depth)?;
+            arguments(&call.args, depth)
         }
-        Expr::List(list) => expressions(&list.items),
-        Expr::Tuple(tuple) => expressions(&tuple.items),
-        Expr::Map(map) => expressions(map.keys.iter().chain(&map.values)),
+        Expr::List(list) => expressions(&list.items, depth),
+        Expr::Tuple(tuple) => expressions(&tuple.items, depth),
+        Expr::Map(map) => expressions(map.keys.iter().chain(&map.values), depth),
     }
 }
