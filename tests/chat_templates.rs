@@ -98,6 +98,8 @@ fn hostile_templates_end() {
         (&doubled("{{ a < [a] }}"), many),
         (recursive, many),
         (&wide, "16777216 bytes"),
+        ("{{ '{:>1000000000}'.format(1) | length }}", "format() may write over 4194304"),
+        (&format!("{{{{ '{}'.format('x' * 1000000) | length }}}}", "{0}".repeat(50)), "format() may write"),
         ("{% set a = [0] %}{{ (a * 100000000) ~ 1 }}", many),
         ("{{ ([0] or 1) * 100000000 ~ 1 }}", "line 1"),
         ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns ~ 1 }}", held),
@@ -159,6 +161,7 @@ fn templates_compute_as_without_the_guards() {
             "{% set x %}{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endset %}{{ x | upper }}",
             "013",
         ),
+        ("{{ '{:>5}|{x}'.format('a', x=[1]) }}", "    a|[1]"),
         ("{{ [1, 2][1] if false or [] else {'a': (1, 2)}.a | sum }}", "3"),
     ];
     for (source, wanted) in cases {

@@ -122,6 +122,9 @@ fn environment() -> Environment<'static> {
     });
     environment.set_unknown_method_callback(|state, value, method, args| {
         bounded::bounded(state, value)?;
+        if let ("format", Some(text)) = (method, value.as_str()) {
+            bounded::formattable(text, args)?;
+        }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
     });
     environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {

@@ -21,6 +21,7 @@ const DEEPEST: usize = 100;
 const MOST: usize = 50_000;
 pub(super) const TEXT: usize = 16 << 20;
 const STRING: usize = 4 << 20;
+const LONGEST_NUMBER: usize = 40;
 
 /// Operators within each other in an expression.
 const NESTED: usize = 1000;
@@ -64,6 +65,23 @@ pub(super) fn bounded(state: &State, value: &Value) -> Result<(), Error> {
     let mut weight = Weight::default();
     weight.add(value, 0)?;
     weight.pay(state)
+}
+
+/// Refuses `'{:>1000000000}'.format(1)`, whose text takes no fuel before it is there: no more than the widths and, for each field, the
+/// largest argument.
+pub(super) fn formattable(format: &str, arguments: &[Value]) -> Result<(), Error> {
+    let widths = format.split(|char: char| !char.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let widths = widths.map(|digits| digits.parse().unwrap_or(STRING)).fold(0, usize::saturating_add);
+    let mut largest = 0;
+    for argument in arguments {
+        let mut weight = Weight::default();
+        weight.add(argument, 0)?;
+        largest = largest.max(weight.text + LONGEST_NUMBER * weight.parts);
+    }
+    if widths.saturating_add(format.matches('{').count() * largest) > STRING {
+        return Err(problem(format!("format() may write over {STRING} bytes, which chat templates may not do")));
+    }
+    Ok(())
 }
 
 /// What lies within a value, itself included.
