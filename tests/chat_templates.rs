@@ -172,3 +172,15 @@ fn templates_compute_as_without_the_guards() {
     let error = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false).unwrap_err().to_string();
     assert!(error.contains("chat_template:3"), "{error}");
 }
+
+/// Two thousand turns of two thousand bytes: what a template asks of the whole conversation in each turn does not visit it.
+#[test]
+fn a_long_conversation_has_fuel() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(root.join("tests/fixtures/templates/constructs.jinja")).unwrap();
+    let template = ChatTemplate::new(&source, "<s>", "</s>").unwrap();
+    let roles = ["user", "assistant"].into_iter().cycle();
+    let turns: Vec<_> = roles.take(2000).map(|role| Message::new(role, "a word ".repeat(300))).collect();
+    let text = template.render(&turns, None, false).unwrap();
+    assert!(text.len() > 2000 * 2000, "{}", text.len());
+}

@@ -166,13 +166,17 @@ fn around<'source>(
     use Instruction::*;
     // Leaves the stack as it was.
     let test = || vec![DupTop, PerformTest(BOUNDED, Some(1), !0), DiscardTop];
+    // What is called with one operand does not compare it; it may be the whole conversation, of which the length is asked.
+    let unless_alone = |arguments: &Option<u16>| if *arguments == Some(1) { vec![] } else { test() };
     match instruction {
         BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | StringConcat | CallFunction(..) | CallObject(_) => {
             (vec![], test())
         }
-        ApplyFilter(..) | CallMethod(..) => (test(), test()),
+        ApplyFilter(_, arguments, _) | CallMethod(_, arguments) => (unless_alone(arguments), test()),
+        PerformTest("lower" | "upper", ..) => (test(), vec![]),
+        PerformTest(_, arguments, _) => (unless_alone(arguments), vec![]),
         // What a comparison visits is at most what either side has.
-        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) | GetItem => (test(), vec![]),
+        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | GetItem => (test(), vec![]),
         // The target of an assignment; the value lies on the stack.
         Lookup(name) if matches!(next, Some(SetAttr(_))) => {
             (vec![DupTop, Lookup(name), PerformTest(ASSIGNABLE, Some(2), !0), DiscardTop], vec![])
