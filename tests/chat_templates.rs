@@ -98,6 +98,8 @@ fn hostile_templates_end() {
         (&doubled("{{ a < [a] }}"), many),
         (recursive, many),
         (&wide, "16777216 bytes"),
+        ("{{ '{:>1000000000}'.format(1) | length }}", "format() may write over 4194304"),
+        (&format!("{{{{ '{}'.format('x' * 1000000) | length }}}}", "{0}".repeat(50)), "format() may write"),
         ("{% set a = [0] %}{{ (a * 100000000) ~ 1 }}", many),
         ("{{ ([0] or 1) * 100000000 ~ 1 }}", "line 1"),
         ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns ~ 1 }}", held),
@@ -159,6 +161,7 @@ fn templates_compute_as_without_the_guards() {
             "{% set x %}{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 3 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endset %}{{ x | upper }}",
             "013",
         ),
+        ("{{ '{:>5}|{x}'.format('a', x=[1]) }}", "    a|[1]"),
         ("{{ [1, 2][1] if false or [] else {'a': (1, 2)}.a | sum }}", "3"),
     ];
     for (source, wanted) in cases {
@@ -168,4 +171,16 @@ fn templates_compute_as_without_the_guards() {
     let source = "1\n2 {{ [1, 2] }}\n{{ 'x' | nothing }}";
     let error = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false).unwrap_err().to_string();
     assert!(error.contains("chat_template:3"), "{error}");
+}
+
+/// Two thousand turns of two thousand bytes: what a template asks of the whole conversation in each turn does not visit it.
+#[test]
+fn a_long_conversation_has_fuel() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let source = fs::read_to_string(root.join("tests/fixtures/templates/constructs.jinja")).unwrap();
+    let template = ChatTemplate::new(&source, "<s>", "</s>").unwrap();
+    let roles = ["user", "assistant"].into_iter().cycle();
+    let turns: Vec<_> = roles.take(2000).map(|role| Message::new(role, "a word ".repeat(300))).collect();
+    let text = template.render(&turns, None, false).unwrap();
+    assert!(text.len() > 2000 * 2000, "{}", text.len());
 }

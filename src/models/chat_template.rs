@@ -121,7 +121,12 @@ fn environment() -> Environment<'static> {
         minijinja::escape_formatter(out, state, value)
     });
     environment.set_unknown_method_callback(|state, value, method, args| {
-        bounded::bounded(state, value)?;
+        match (method, value.as_str()) {
+            ("format", Some(text)) => bounded::formattable(text, args)?,
+            // Compares with each value.
+            ("count", None) => bounded::bounded(state, value)?,
+            _ => {}
+        }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
     });
     environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {

@@ -21,6 +21,7 @@ const DEEPEST: usize = 100;
 const MOST: usize = 50_000;
 pub(super) const TEXT: usize = 16 << 20;
 const STRING: usize = 4 << 20;
+const LONGEST_NUMBER: usize = 40;
 
 /// Operators within each other in an expression.
 const NESTED: usize = 1000;
@@ -64,6 +65,23 @@ pub(super) fn bounded(state: &State, value: &Value) -> Result<(), Error> {
     let mut weight = Weight::default();
     weight.add(value, 0)?;
     weight.pay(state)
+}
+
+/// Refuses `'{:>1000000000}'.format(1)`, whose text takes no fuel before it is there: no more than the widths and, for each field, the
+/// largest argument.
+pub(super) fn formattable(format: &str, arguments: &[Value]) -> Result<(), Error> {
+    let widths = format.split(|char: char| !char.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let widths = widths.map(|digits| digits.parse().unwrap_or(STRING)).fold(0, usize::saturating_add);
+    let mut largest = 0;
+    for argument in arguments {
+        let mut weight = Weight::default();
+        weight.add(argument, 0)?;
+        largest = largest.max(weight.text + LONGEST_NUMBER * weight.parts);
+    }
+    if widths.saturating_add(format.matches('{').count() * largest) > STRING {
+        return Err(problem(format!("format() may write over {STRING} bytes, which chat templates may not do")));
+    }
+    Ok(())
 }
 
 /// What lies within a value, itself included.
@@ -148,13 +166,17 @@ fn around<'source>(
     use Instruction::*;
     // Leaves the stack as it was.
     let test = || vec![DupTop, PerformTest(BOUNDED, Some(1), !0), DiscardTop];
+    // What is called with one operand does not compare it; it may be the whole conversation, of which the length is asked.
+    let unless_alone = |arguments: &Option<u16>| if *arguments == Some(1) { vec![] } else { test() };
     match instruction {
         BuildMap(_) | BuildList(_) | BuildTuple(_) | Add | Mul | StringConcat | CallFunction(..) | CallObject(_) => {
             (vec![], test())
         }
-        ApplyFilter(..) | CallMethod(..) => (test(), test()),
+        ApplyFilter(_, arguments, _) | CallMethod(_, arguments) => (unless_alone(arguments), test()),
+        PerformTest("lower" | "upper", ..) => (test(), vec![]),
+        PerformTest(_, arguments, _) => (unless_alone(arguments), vec![]),
         // What a comparison visits is at most what either side has.
-        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | PerformTest(..) | GetItem => (test(), vec![]),
+        Eq | Ne | Gt | Gte | Lt | Lte | In | CompareAndPreserve(_) | GetItem => (test(), vec![]),
         // The target of an assignment; the value lies on the stack.
         Lookup(name) if matches!(next, Some(SetAttr(_))) => {
             (vec![DupTop, Lookup(name), PerformTest(ASSIGNABLE, Some(2), !0), DiscardTop], vec![])
