@@ -71,6 +71,9 @@ def peft_make(model, folder):
         "layers": dict(r=4, lora_alpha=6, target_modules=both, layers_to_transform=[1], exclude_modules=["v_proj"]),
         "dora": dict(r=4, lora_alpha=10, target_modules=both, use_dora=True),
         "saved": dict(r=4, lora_alpha=10, target_modules=both, modules_to_save=["norm"]),
+        # What these take from the base's weights is written as further ranks (path_initial_model_for_weight_conversion).
+        "pissa": dict(r=3, lora_alpha=7, target_modules=both, init_lora_weights="pissa"),
+        "olora": dict(r=3, lora_alpha=7, target_modules=both, init_lora_weights="olora", use_rslora=True),
         # The model's head is tied to its embedding.
         "saved-head": dict(r=4, lora_alpha=10, target_modules=both, modules_to_save=["lm_head"]),
         "saved-embedding": dict(r=4, lora_alpha=10, target_modules=both, use_dora=True, modules_to_save=["embed_tokens"]),
@@ -78,13 +81,23 @@ def peft_make(model, folder):
     for seed, (name, kind) in enumerate(kinds.items()):
         generator = torch.Generator().manual_seed(seed)
         adapted = peft.get_peft_model(load_torch(model), peft.LoraConfig(task_type="CAUSAL_LM", **kind))
+        taken, saving = kind.get("init_lora_weights"), {}
+        if taken:
+            start = folder.parent / "starts" / name
+            # So that PEFT takes nothing when it reads what there was at the start.
+            adapted.peft_config["default"].init_lora_weights = True
+            adapted.save_pretrained(start)
+            adapted.peft_config["default"].init_lora_weights = taken
+            saving = dict(path_initial_model_for_weight_conversion=str(start))
         with torch.no_grad():
             for key, value in adapted.named_parameters():
-                if "lora_magnitude" in key or "modules_to_save" in key:
+                if taken and "lora_" in key:
+                    value.add_(torch.randn(value.shape, generator=generator) * 0.1)
+                elif "lora_magnitude" in key or "modules_to_save" in key:
                     value.mul_(1 + 0.3 * torch.rand(value.shape, generator=generator))
                 elif "lora_" in key:
                     value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(folder / name, **saving)
 
 
 def peft_logits(model, out, adapters):
