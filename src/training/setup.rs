@@ -89,10 +89,11 @@ pub(super) fn adapters(
         } else {
             None
         };
-        let rest = if apart { &mut of_b } else { &mut of_a };
-        rest.extend(magnitude.as_ref().map(|magnitude| (format!("{path}{M}"), magnitude.m.value.clone())));
-        rest.push((format!("{path}{B}"), b));
+        // The order is that of checkpoints.
         of_a.push((format!("{path}{A}"), a));
+        let rest = if apart { &mut of_b } else { &mut of_a };
+        rest.push((format!("{path}{B}"), b));
+        rest.extend(magnitude.as_ref().map(|magnitude| (format!("{path}{M}"), magnitude.m.value.clone())));
         let (a, b) = (Parameter::frozen(on_device_a), Parameter::frozen(on_device_b));
         let (scaling, dropout) = (options.scaling(), options.dropout);
         linear.adapter = Some(Adapter { a, b, scaling, dropout, number: number as u32, magnitude });
