@@ -14,7 +14,7 @@ use metal_candle::models::ModelFiles;
 use metal_candle::models::decoder::{Batch, Decoder};
 use metal_candle::training::adapter::{AdapterFile, Form};
 use metal_candle::training::dataset::{Dataset, DatasetOptions};
-use metal_candle::training::options::{FineTuneType, InitLoraWeights, TrainerOptions};
+use metal_candle::training::options::{FineTuneType, GradCheckpoint, InitLoraWeights, TrainerOptions};
 use metal_candle::training::trainer::{From, Trainer};
 
 struct Setup {
@@ -151,6 +151,17 @@ fn a_stopped_run_of_every_variant_goes_on_to_the_same_bytes() {
         trainer.run(&mut |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(bytes(&setup.adapter(name)), bytes(&setup.adapter(&whole)), "{name}");
     }
+}
+
+#[test]
+fn checkpointing_changes_no_bit_of_dora() {
+    let setup = Setup::new();
+    let mut options = variants().into_iter().find(|(name, _)| *name == "all").unwrap().1;
+    for (name, grad_checkpoint) in [("kept", GradCheckpoint::None), ("again", GradCheckpoint::Every)] {
+        options.grad_checkpoint = grad_checkpoint;
+        setup.trainer(name, &options, From::Scratch).unwrap().run(&mut |_| ControlFlow::Continue(())).unwrap();
+    }
+    assert_eq!(bytes(&setup.adapter("kept")), bytes(&setup.adapter("again")));
 }
 
 #[test]
